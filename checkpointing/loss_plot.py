@@ -1,0 +1,120 @@
+"""The loss curve as an SVG file, drawn by hand: it opens in every browser and needs no package."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from itertools import accumulate
+from pathlib import Path
+
+from checkpointing.atomic import atomic_write_text
+
+WIDTH, HEIGHT = 800, 450
+LEFT, RIGHT, TOP, BOTTOM = 68, 766, 62, 398  # the plot's rectangle; SVG's y points down
+TRAIN, EVAL, INK, QUIET = "#3b6fd4", "#e0702c", "#1f2733", "#6b7686"
+MAX_POINTS = 1200  # of the light line: more is not seen, and the file stays small
+Points = list[tuple[float, float]]
+
+
+def draw_loss_curve(rows: list[dict], path: Path, title: str | None = None) -> None:
+    """Draw rows with `step` and `loss` as a line (light, and smoothed), rows with `eval_loss` as joined dots.
+
+    Values that are not finite are left out. The picture brings its own background, for light pages and dark ones.
+    """
+    train, evaluation = _points(rows, "loss"), _points(rows, "eval_loss")
+    everything = train + evaluation
+    steps, losses = zip(*everything, strict=True) if everything else ((0.0, 1.0), (0.0, 1.0))
+    first, last = (min(steps), max(steps)) if min(steps) < max(steps) else (steps[0] - 1, steps[0] + 1)
+    x_ticks, y_ticks = _ticks([first, last], 8, whole=True), _ticks(losses, 6)
+
+    def x_of(step: float) -> float:
+        return LEFT + (step - first) / (last - first) * (RIGHT - LEFT)
+
+    def y_of(loss: float) -> float:
+        return BOTTOM - (loss - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (BOTTOM - TOP)
+
+    def line(points: Points, style: str) -> str:
+        where = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in points)
+        return f'<polyline points="{where}" fill="none" stroke-linejoin="round" stroke-linecap="round" {style}/>'
+
+    def dots(points: Points, color: str) -> list[str]:
+        style = f'r="4" fill="{color}" stroke="#fff" stroke-width="1.5"'
+        return [f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" {style}/>' for x, y in points]
+
+    centered = f'fill="{QUIET}" text-anchor="middle"'
+    picture = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="13">',
+        f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10" fill="#fff" stroke="#d9dee6"/>',
+        _text(LEFT, 36, (title or "Loss")[:48], f'fill="{INK}" font-size="17" font-weight="600"'),
+    ]
+    for y in y_ticks:
+        picture.append(f'<path d="M{LEFT} {y_of(y):.1f}H{RIGHT}" stroke="#e8ebf0"/>')
+        picture.append(_text(LEFT - 10, y_of(y) + 4.5, _label(y, y_ticks), f'fill="{QUIET}" text-anchor="end"'))
+    picture.append(f'<path d="M{LEFT} {BOTTOM}H{RIGHT}" stroke="#9aa4b2"/>')
+    for x in (x for x in x_ticks if first <= x <= last):
+        picture.append(f'<path d="M{x_of(x):.1f} {BOTTOM}v5" stroke="#9aa4b2"/>')
+        picture.append(_text(x_of(x), BOTTOM + 20, f"{x:,.0f}", centered))
+    middle = (TOP + BOTTOM) / 2
+    picture.append(_text((LEFT + RIGHT) / 2, HEIGHT - 12, "optimizer step", centered))
+    picture.append(_text(20, middle, "loss per token", f'transform="rotate(-90 20 {middle})" {centered}'))
+
+    if (smooth := _smooth(train)) is not train:
+        picture.append(line(_thin(train), f'stroke="{TRAIN}" stroke-width="1" stroke-opacity="0.35"'))
+    picture.append(line(_thin(smooth), f'stroke="{TRAIN}" stroke-width="2.2"'))
+    picture += dots(train if len(train) == 1 else [], TRAIN)
+    picture.append(line(evaluation, f'stroke="{EVAL}" stroke-width="1.8"'))
+    picture += dots(evaluation if len(evaluation) <= 60 else evaluation[-1:], EVAL)
+    legend = []
+    for name, points, color in (("training", smooth, TRAIN), ("evaluation", evaluation, EVAL)):
+        for _, value in points[-1:]:
+            number = f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+            legend.append(f'<tspan fill="{color}">●</tspan>&#160;{name}&#160;{number}')
+    words = "&#160;&#160;&#160; ".join(legend) or "no finite loss yet"
+    picture.append(f'<text x="{RIGHT}" y="36" fill="{INK}" text-anchor="end">{words}</text>')
+    atomic_write_text(path, "\n".join([*picture, "</svg>", ""]))
+
+
+def _points(rows: list[dict], name: str) -> Points:
+    points = [(float(row["step"]), float(row[name])) for row in rows if None not in (row.get("step"), row.get(name))]
+    return sorted(point for point in points if all(map(math.isfinite, point)))
+
+
+def _smooth(points: Points) -> Points:
+    """A centred mean over a twentieth of the curve, which, unlike a running one, does not lag."""
+    n = len(points)
+    if (reach := n // 40) == 0:
+        return points
+    total = [0.0, *accumulate(y for _, y in points)]
+    spans = [(max(0, i - reach), min(n, i + reach + 1)) for i in range(n)]
+    return [
+        (x, (total[end] - total[begin]) / (end - begin)) for (x, _), (begin, end) in zip(points, spans, strict=True)
+    ]
+
+
+def _thin(points: Points) -> Points:
+    """At most about MAX_POINTS points: the lowest and the highest of every stretch, so that no spike is lost."""
+    size = 2 * math.ceil(len(points) / MAX_POINTS)
+    if size <= 2:
+        return points
+    stretches = [points[i : i + size] for i in range(0, len(points), size)]
+    return [p for s in stretches for p in sorted({min(s, key=lambda p: p[1]), max(s, key=lambda p: p[1])})]
+
+
+def _ticks(values: Sequence[float], count: int, whole: bool = False) -> list[float]:
+    """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose the values."""
+    low, high = min(values), max(values)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # constant: show it in the middle
+        low, high = low - (abs(low) / 2 or 1.0), high + (abs(low) / 2 or 1.0)
+    magnitude = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(m * magnitude for m in (1, 2, 5, 10, 20) if (high - low) / (m * magnitude) <= count)
+    step = max(step, float(whole))
+    return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
+def _label(value: float, ticks: list[float]) -> str:
+    decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    return f"{value:.{decimals}f}" if decimals <= 6 else f"{value:.3g}"
+
+
+def _text(x: float, y: float, words: str, style: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(words)}</text>'

@@ -1,0 +1,193 @@
+"""Pretrained weights in: from a local folder or the Hugging Face Hub, tensor by tensor, onto the device.
+
+The model is built on the meta device, so it has shapes but no memory. Each tensor is then read from a memory-mapped
+safetensors file, cast, quantised where the layer wants that, and put in its place: the host never holds more than one
+tensor, the device never holds a dense copy of a quantised model.
+
+Only safetensors and JSON are read; a checkpoint never runs code.
+"""
+
+import fnmatch
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Everything that makes a folder a checkpoint, the weights aside; `copy_companions` carries it along on export.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+# Buffers that old exports saved and that follow from the config.
+IGNORED = ("*.rotary_emb.inv_freq",)
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """A local folder as it is; anything else is a Hub id, downloaded (resumably, with progress) to the Hub's cache.
+
+    `ORG/NAME@REVISION` names a revision. Raises ValueError when neither exists.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    repo, _, revision = str(name).partition("@")
+    if folder.exists() or repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"--model {name} {what}, and is not a Hub id such as meta-llama/Llama-3.2-1B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["config.json", "*.safetensors", INDEX, *COMPANIONS]
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"--model {name} is no local folder and could not be had from the Hub: {reason}") from None
+
+
+def read_config(folder: Path) -> dict:
+    """config.json as a dict; ValueError if it is missing, unreadable, or the weights in it are already quantised."""
+    config = read_json(Path(folder) / "config.json")
+    if method := config.get("quantization_config"):
+        kind = method.get("quant_method", "unknown")
+        raise ValueError(f"{folder} holds weights quantised by {kind!r}; start from the unquantised checkpoint")
+    return config
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; ValueError naming the file if it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {path.parent} is not a complete checkpoint folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+class WeightFiles:
+    """The tensors of a checkpoint folder by name, single-file or sharded, each read when asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.files: dict[str, Path] = {}  # tensor name -> file
+        for file in self._shards():
+            for name in self._open(file).keys():
+                self.files[name] = file
+
+    def _shards(self) -> list[Path]:
+        if (index := self.folder / INDEX).is_file():
+            shards = [self.folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            if missing := [shard.name for shard in shards if not shard.is_file()]:
+                raise ValueError(f"{index} names shards that are missing: {', '.join(missing)}; download them again")
+            return shards
+        if (self.folder / WEIGHTS).is_file():
+            return [self.folder / WEIGHTS]
+        hint = ""
+        if list(self.folder.glob("*.bin")) or list(self.folder.glob("*.pt*")):
+            hint = "; it holds pickled weights, which are not read: save them as safetensors first"
+        raise ValueError(f"{self.folder} holds no {WEIGHTS} and no {INDEX}{hint}")
+
+    def _open(self, file: Path):
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged or truncated ({error}); download it again") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def names(self) -> list[str]:
+        """Every tensor's name, in the order of the files."""
+        return list(self.files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU, memory-mapped."""
+        return self._handle(self.files[name]).get_tensor(name)
+
+    def _slice(self, name: str):
+        return self._handle(self.files[name]).get_slice(name)
+
+    def _handle(self, file: Path):
+        if getattr(self, "_current", (None,))[0] != file:  # one file mapped at a time
+            self._current = (file, self._open(file))
+        return self._current[1]
+
+    def fingerprint(self) -> str:
+        """A hash of names, shapes, sizes and the first and last 4 KiB of every file: quick, and changes with the run."""
+        digest = hashlib.sha256()
+        for file in sorted(set(self.files.values())):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with open(file, "rb") as stream:
+                header = int.from_bytes(stream.read(8), "little")
+                digest.update(stream.read(header))
+                for offset in range(stream.tell(), size, max(4096, size // 256)):
+                    stream.seek(offset)
+                    digest.update(stream.read(4096))
+        return digest.hexdigest()
+
+
+def load_weights(model: nn.Module, weights: WeightFiles, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill a model built on the meta device, one tensor at a time, each cast to `dtype` and placed on `device`.
+
+    Strict: see `check_names`. Layers with a `pack_weight` method (NF4Linear) store what it returns.
+    """
+    check_names(model, weights)
+    expected = {name for name, _ in model.named_parameters()}  # a tied head is filled through the embedding
+    names = [name for name in weights.names() if name in expected]
+    for name in tqdm(names, desc="loading", unit="tensor", leave=False, delay=1.0):
+        tensor = weights.read(name)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{weights.files[name]}: {name} has dtype {tensor.dtype}, expected floating point")
+        put_weight(model, name, tensor.to(device=device, dtype=dtype, copy=True))
+    model.tie_weights()
+
+
+def check_names(model: nn.Module, weights: WeightFiles) -> None:
+    """Compare a checkpoint with a model; every name missing, unused or of another shape stands in one ValueError.
+
+    The second name of a tied parameter is optional on disk.
+    """
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    required = {name for name, _ in model.named_parameters()}
+    missing = [name for name in expected if name not in weights and name in required]
+    unused = [n for n in weights.names() if n not in expected and not any(fnmatch.fnmatch(n, p) for p in IGNORED)]
+    misshaped = [
+        f"{name}: {weights.shape(name)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in weights and weights.shape(name) != shape
+    ]
+    if missing or unused or misshaped:
+        parts = [("missing", missing), ("not used by this model", unused), ("of another shape", misshaped)]
+        listed = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in parts if names)
+        raise ValueError(f"the weights in {weights.folder} do not fit its config.json: {listed}")
+
+
+def put_weight(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the parameter `name`, in the form in which its layer stores weights."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf == "weight" and hasattr(module, "pack_weight"):
+        tensor = module.pack_weight(tensor)
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=getattr(module, leaf).requires_grad))

@@ -1,0 +1,160 @@
+"""From tokenised rows to batches: order, packing, collation.
+
+The order of an epoch follows from (seed, epoch) alone and the packs from the order and the rows' lengths, so where a
+run stands in its data is two numbers, the epoch and the micro-batch: that is all a resume needs.
+
+B rows, T tokens, N target positions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from data.dataset import TokenizedDataset
+from modules.attention import SequenceLayout, packed_layout, padded_layout
+from modules.loss import IGNORE_INDEX
+
+PACK_WINDOW = 64  # packs that stay open for further rows while the epoch streams by
+
+
+@dataclass(frozen=True)
+class Batch:
+    input_ids: Tensor
+    """[B, T] int64, padded on the right."""
+    layout: SequenceLayout
+    target_index: Tensor
+    """[N] flat positions in B·T that have a target."""
+    targets: Tensor
+    """[N] the token ids to be predicted there."""
+
+    input_tokens: int
+    """Tokens that are not padding."""
+
+    @property
+    def target_tokens(self) -> int:
+        return self.targets.numel()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
+        """On the device, ready for a model that computes in `dtype`."""
+        move = {name: getattr(self, name) for name in ("input_ids", "target_index", "targets")}
+        if device.type == "cuda":
+            move = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in move.items()}
+        return replace(self, **move, layout=self.layout.prepare(device, dtype))
+
+
+class Batches:
+    """The micro-batches of every epoch, grouped into optimizer steps.
+
+    A micro-batch is `batch_size` rows, or packs of at most `seq_len` tokens; a step is `grad_accum` of them. The last
+    of an epoch may be smaller: no row waits for the next epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenizedDataset,
+        *,
+        batch_size: int,
+        grad_accum: int = 1,
+        packing: bool = False,
+        seq_len: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        pad_id: int = 0,
+        pad_multiple: int = 1,
+    ):
+        if batch_size < 1 or grad_accum < 1:
+            raise ValueError(f"--batch-size {batch_size} and --grad-accum {grad_accum} must be at least 1")
+        self.dataset, self.batch_size, self.grad_accum = dataset, batch_size, grad_accum
+        self.packing, self.seq_len = packing, seq_len
+        self.shuffle, self.seed = shuffle, seed
+        self.pad_id, self.pad_multiple = pad_id, pad_multiple
+        self._plan: tuple[int, list[list[list[int]]]] | None = None
+
+    def plan(self, epoch: int) -> list[list[list[int]]]:
+        """Micro-batches of an epoch, each a list of rows, each a list of dataset indices (one, unless packing)."""
+        if self._plan is None or self._plan[0] != epoch:
+            order = list(range(len(self.dataset)))
+            if self.shuffle:
+                generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+                order = torch.randperm(len(order), generator=generator).tolist()
+            rows = first_fit(order, self.dataset.lengths, self.seq_len) if self.packing else [[i] for i in order]
+            micro_batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            self._plan = (epoch, micro_batches)
+        return self._plan[1]
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        return -(-len(self.plan(epoch)) // self.grad_accum)
+
+    def total_steps(self, epochs: int, max_steps: int | None) -> int:
+        """Optimizer steps of a run of `epochs` epochs that ends at `max_steps` at the latest."""
+        if epochs < 1 or (max_steps is not None and max_steps < 0):
+            raise ValueError(f"--epochs {epochs} must be at least 1 and --max-steps {max_steps} not negative")
+        steps = 0
+        for epoch in range(epochs):
+            if max_steps is not None and steps >= max_steps:
+                break
+            steps += self.steps_in_epoch(epoch)
+        return steps if max_steps is None else min(steps, max_steps)
+
+    def steps(self, epoch: int = 0, step_in_epoch: int = 0) -> Iterator[tuple[int, int, list[Batch]]]:
+        """Endless optimizer steps from a position on: (epoch, step in epoch, its micro-batches)."""
+        while True:
+            for step in range(step_in_epoch, self.steps_in_epoch(epoch)):
+                start = step * self.grad_accum
+                yield epoch, step, [self.collate(rows) for rows in self.plan(epoch)[start : start + self.grad_accum]]
+            epoch, step_in_epoch = epoch + 1, 0
+
+    def one_epoch(self) -> Iterator[Batch]:
+        """Every row once: for evaluation."""
+        for rows in self.plan(0):
+            yield self.collate(rows)
+
+    def collate(self, rows: list[list[int]]) -> Batch:
+        examples = [[self.dataset[i] for i in row] for row in rows]
+        lengths = [[len(ids) for ids, _ in row] for row in examples]
+        T = max(sum(row) for row in lengths)
+        T = -(-T // self.pad_multiple) * self.pad_multiple
+        input_ids = torch.full((len(rows), T), self.pad_id, dtype=torch.long)
+        targets = torch.full((len(rows), T), IGNORE_INDEX, dtype=torch.long)
+        for b, row in enumerate(examples):
+            input_ids[b, : sum(lengths[b])] = torch.cat([ids for ids, _ in row])
+            targets[b, : sum(lengths[b])] = torch.cat([wanted for _, wanted in row])
+        layout = packed_layout(lengths, T) if self.packing else padded_layout(T)
+        target_index = (targets.view(-1) != IGNORE_INDEX).nonzero().squeeze(1)
+        return Batch(input_ids, layout, target_index, targets.view(-1)[target_index], sum(map(sum, lengths)))
+
+
+def first_fit(order: list[int], lengths: list[int], capacity: int, window: int = PACK_WINDOW) -> list[list[int]]:
+    """Pack rows, in order, into bins of `capacity` tokens: each goes into the oldest open bin with room.
+
+    At most `window` bins stay open; the oldest one is closed when another is needed, so the packing streams and rows
+    stay near their place in the order. Returns the bins in the order in which they were opened.
+    """
+    bins, room = [], []  # room[k]: tokens left in bins[k]; only the last `window` bins are open
+    for index in order:
+        length = int(lengths[index])
+        first_open = max(0, len(bins) - window)
+        for k in range(first_open, len(bins)):
+            if room[k] >= length:
+                bins[k].append(index)
+                room[k] -= length
+                break
+        else:
+            bins.append([index])
+            room.append(capacity - length)
+    return bins
+
+
+def fit_seq_len(asked: int | None, max_length: int) -> int:
+    """The row length of a run: what was asked for if the model has as many positions, by default at most 2048."""
+    if asked is None:
+        return min(2048, max_length)
+    if asked < 2:
+        raise ValueError(f"--seq-len {asked} leaves no token to predict; it must be at least 2")
+    if asked > max_length:
+        raise ValueError(
+            f"--seq-len {asked} exceeds this model's {max_length} positions; lower it or set rope scaling in config.json"
+        )
+    return asked

@@ -1,0 +1,293 @@
+"""Chat templates: from a list of messages to the one string a chat model was trained on, and which of it to train.
+
+A checkpoint carries its format as a jinja2 program, in `chat_template.jinja` or inside `tokenizer_config.json`. It is
+a stranger's program, so it runs in jinja2's sandbox, with the settings, names and values that transformers gives it:
+the text must come out equal to the letter. Four well-known formats are written out below, for base models without
+one.
+
+Where each message went, and so what is trained, is found out in data/chat_targets.py.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from data.chat_targets import REASONING, TurnEnds, find_messages
+from data.tokenizers import Tokenizer
+
+TRAIN_ON = ("assistant", "last", "all")
+
+# The newline after a {% block %} is not part of the text, nor is the space before one at the start of a line.
+TEMPLATES = {
+    # Meta's Llama 2 chat: the system message sits inside the first user message.
+    "llama2": """\
+{% set system = messages[0].content if messages[0].role == 'system' else none %}
+{% for message in (messages if system is none else messages[1:]) %}
+{% if message.role != ('assistant' if loop.index0 % 2 else 'user') %}
+{{ raise_exception('the llama2 format wants user and assistant messages in turn, after at most one system message') }}
+{% endif %}
+{% if message.role == 'assistant' %}
+{{ ' ' ~ message.content.strip() ~ ' ' ~ eos_token }}
+{%- elif loop.first and system is not none %}
+{{ bos_token ~ '[INST] ' ~ ('<<SYS>>\\n' ~ system ~ '\\n<</SYS>>\\n\\n' ~ message.content).strip() ~ ' [/INST]' }}
+{%- else %}
+{{ bos_token ~ '[INST] ' ~ message.content.strip() ~ ' [/INST]' }}
+{%- endif %}
+{% endfor %}
+""",
+    "llama3": """\
+{{ bos_token }}
+{%- for message in messages %}
+<|start_header_id|>{{ message.role }}<|end_header_id|>
+
+{{ message.content.strip() }}<|eot_id|>
+{%- endfor %}
+{% if add_generation_prompt %}
+<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}
+{%- endif %}
+""",
+    # Nothing stands before the first turn, except BOS for a tokenizer whose model expects one before every text.
+    "chatml": """\
+{% if adds_bos %}{{ bos_token }}{% endif %}
+{% for message in messages %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+""",
+    # Vicuna v1.1 to v1.5 (FastChat): plain words, one space after a question, EOS after an answer.
+    "vicuna": """\
+{{ bos_token }}
+{%- if messages[0].role == 'system' %}
+{{ messages[0].content }}
+{%- else %}
+A chat between a curious user and an artificial intelligence assistant. \
+The assistant gives helpful, detailed, and polite answers to the user's questions.
+{%- endif %}
+{{ ' ' }}
+{%- for message in messages %}
+{% if message.role == 'user' %}
+USER: {{ message.content }}{{ ' ' }}
+{%- elif message.role == 'assistant' %}
+ASSISTANT: {{ message.content }}{{ eos_token }}
+{%- elif not loop.first %}
+{{ raise_exception('the vicuna format has user and assistant messages, after at most one system message') }}
+{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+ASSISTANT:
+{%- endif %}
+""",
+}
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    text: str
+    spans: list[tuple[int, int]]
+    """Characters [start, end) that are trained, in order: contents and end-of-turn tokens."""
+    unended: int = 0
+    """Trained messages without an end-of-turn token: from them a model never learns to stop."""
+
+
+class ChatTemplate:
+    """A compiled template. `name` says where it came from; `now` is the date that it may print.
+
+    The date is fixed when the template is loaded (a run that passes midnight keeps it); a resumed run hands in the
+    one it began with.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        variables: dict[str, str | bool],
+        special_tokens: Sequence[str] = (),
+        now: datetime | None = None,
+    ):
+        self.source, self.name, self.now = source, name, now or datetime.now()
+        self.variables = variables
+        try:
+            self._template = _environment(self.now).from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template ({name}) is not valid jinja: line {error.lineno}: {error}") from None
+        self._turn_ends = TurnEnds(special_tokens, variables.get("bos_token", ""), variables.get("eos_token", ""))
+
+    def render(self, messages: Sequence[dict], *, add_generation_prompt: bool = False, tools=None) -> str:
+        """The conversation as text, as transformers' `apply_chat_template(tokenize=False)` gives it.
+
+        Raises ValueError with the template's own words where it refuses the conversation.
+        """
+        try:
+            return self._template.render(
+                messages=[_plain(message) for message in messages],
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.variables,
+            )
+        except Exception as error:  # a stranger's program: besides raise_exception it may fail in any way
+            words = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"the chat template ({self.name}) refuses this conversation: {words}") from None
+
+    def render_with_targets(
+        self, messages: Sequence[dict], train_on: str = "assistant", *, first: int = 0, tools=None
+    ) -> Rendered:
+        """The text and what of it is trained: the content and the end-of-turn token of assistant messages.
+
+        `train_on`: "assistant" takes all of them (from message number `first` on), "last" the last, "all" the whole
+        text. Characters that the template puts between a content and its end-of-turn token are not trained. Raises
+        ValueError if the template changes contents so that they cannot be found again.
+        """
+        if train_on not in TRAIN_ON:
+            raise ValueError(f"--train-on {train_on!r} is not one of {', '.join(TRAIN_ON)}")
+        text = self.render(messages, tools=tools)
+        if train_on == "all":
+            return Rendered(text, [(0, len(text))])
+        trained = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
+        if train_on == "last":
+            trained = trained[-1:]
+
+        spans, unended = [], 0
+        for place in find_messages(partial(self.render, tools=tools), messages, trained, text):
+            spans.append((place.start, place.end))
+            if end_of_turn := self._turn_ends.find(text, place):
+                spans.append(end_of_turn)
+            else:
+                unended += 1
+        return Rendered(text, spans, unended)
+
+
+def load_chat_template(
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    name: str = "auto",
+    extra_folder: str | Path | None = None,
+    now: datetime | None = None,
+) -> ChatTemplate | None:
+    """The template that `--chat-format NAME` means for a checkpoint folder; None where "auto" finds nothing that fits.
+
+    "auto": the one in `extra_folder` (an adapter's) or `folder`, else the written-out format whose special tokens the
+    tokenizer has. Otherwise a key of TEMPLATES or a .jinja file. Raises ValueError for an unknown name.
+    """
+    variables: dict[str, str | bool] = _named_tokens(Path(folder), tokenizer)
+    special = tuple(spoken_special_tokens(tokenizer))
+    if name == "auto":
+        for place, whose in ((extra_folder, "the adapter's own"), (folder, "the checkpoint's own")):
+            source = _read_own_template(Path(place)) if place is not None else None
+            if source is not None:
+                return ChatTemplate(source, whose, variables, special, now)
+        name = _format_that_fits(tokenizer, variables)
+        if name is None:
+            return None
+    if name in TEMPLATES:
+        hand_written = {"bos_token": "", "eos_token": "", **variables, "adds_bos": tokenizer.adds_bos}
+        return ChatTemplate(TEMPLATES[name], name, hand_written, special, now)
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"--chat-format {name!r} is neither a file nor one of auto, {', '.join(TEMPLATES)}")
+    return ChatTemplate(_read_text(path), path.name, variables, special, now)
+
+
+def spoken_special_tokens(tokenizer: Tokenizer) -> list[str]:
+    """The tokens that steer a model. Some tokenizers also *add* runs of spaces and other plain text: not those."""
+    return [token for token in tokenizer.special_tokens if token.strip()]
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}…{% endgeneration %}` marks what transformers may train. Here it only has to parse."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        # A scope, since in transformers a variable set inside is not seen outside.
+        return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
+
+
+def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
+    """jinja2 as transformers sets it up for templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        # jinja2's own filter would write <, > and & as escapes: it is meant for web pages.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": now.strftime}
+    return environment
+
+
+def _plain(message: dict) -> dict:
+    """A message as transformers shows it to a template: null values left out, one name for the reasoning."""
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in REASONING if key in message), None)
+    if reasoning is not None:
+        message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return message
+
+
+def _read_own_template(folder: Path) -> str | None:
+    """The template a folder holds: chat_template.jinja, else the (default) one in tokenizer_config.json."""
+    if (folder / "chat_template.jinja").is_file():
+        return _read_text(folder / "chat_template.jinja")
+    found = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):  # [{"name": …, "template": …}, …]
+        named = {entry["name"]: entry["template"] for entry in found}
+        if "default" not in named:
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'} holds the chat templates {', '.join(named)} but no default; "
+                "save the one you want in a file and give --chat-format FILE.jinja"
+            )
+        found = named["default"]
+    return found
+
+
+def _format_that_fits(tokenizer: Tokenizer, variables: dict) -> str | None:
+    if "<|start_header_id|>" in tokenizer.special_tokens:
+        return "llama3"
+    if "<|im_start|>" in tokenizer.special_tokens:
+        return "chatml"
+    if (variables.get("bos_token"), variables.get("eos_token")) == ("<s>", "</s>"):
+        return "llama2"
+    return None
+
+
+def _named_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """`bos_token`, `eos_token` … as a template sees them: what the folder's files say, else what the tokenizer uses."""
+    names = {token_id: token for token, token_id in tokenizer.special_tokens.items()}
+    found = {"bos_token": names.get(tokenizer.bos_id), "eos_token": names.get(tokenizer.eos_id)}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        found |= {key: value for key, value in _read_json(folder / file).items() if key in NAMED_TOKENS}
+    found = {key: value["content"] if isinstance(value, dict) else value for key, value in found.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,210 @@
+"""A data file as token ids and targets, all rows end to end in flat tensors, and a report of what became of it."""
+
+import hashlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.chat_templates import ChatTemplate
+from data.json_rows import read_rows
+from data.rows import IGNORE_INDEX, Encoded, encode_row
+from data.tokenizers import Tokenizer
+
+
+@dataclass
+class DatasetReport:
+    """What became of the rows of a file. Nothing is cut or dropped without being counted here."""
+
+    path: str
+    seq_len: int | None
+    rows: int = 0
+    """Rows read."""
+    examples: int = 0
+    """Examples kept: rows, or with `split_long` their pieces."""
+    tokens: int = 0
+    target_tokens: int = 0
+    longest: int = 0
+    """Tokens of the longest example."""
+    cut: int = 0
+    """Rows cut at seq_len."""
+    split: int = 0
+    """Rows split into pieces of seq_len."""
+    without_target: int = 0
+    """Rows dropped: nothing in them is trained."""
+    without_target_after_cut: int = 0
+    """Rows dropped: all that is trained in them lay behind the cut."""
+    special_content: int = 0
+    """Rows whose own text holds a special token."""
+    special_example: str | None = None
+    unended: int = 0
+    """Chat rows with a trained message that no end-of-turn token follows."""
+
+    def lines(self) -> list[str]:
+        """One sentence for the sum, and one for each thing a user should know."""
+        lines = [
+            f"{self.path}: {self.examples:,} examples from {_rows(self.rows)}, {self.tokens:,} tokens, of which "
+            f"{self.target_tokens:,} are trained; the longest has {self.longest:,}"
+        ]
+        if self.cut:
+            lines.append(f"{_rows(self.cut)} cut to --seq-len {self.seq_len}")
+        if self.split:
+            lines.append(f"{_rows(self.split)} split into pieces of --seq-len {self.seq_len}")
+        if self.without_target_after_cut:
+            lines.append(
+                f"{_rows(self.without_target_after_cut)} dropped: --seq-len {self.seq_len} cut off all that is trained"
+            )
+        if self.without_target:
+            lines.append(f"{_rows(self.without_target)} dropped: nothing in them is trained")
+        if self.special_content:
+            lines.append(
+                f"{_rows(self.special_content)} with special tokens such as {self.special_example!r} in their own "
+                "text, which the model reads as such (--on-special-content error refuses them)"
+            )
+        if self.unended:
+            lines.append(
+                f"{_rows(self.unended)} with an answer that no end-of-turn token follows: from these the model does "
+                "not learn to stop"
+            )
+        return lines
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" if count == 1 else f"{count:,} rows"
+
+
+@dataclass(eq=False)
+class TokenizedDataset:
+    """Examples end to end: example i is [offsets[i], offsets[i + 1]) of `input_ids` and `targets`.
+
+    `targets[i]` is the token to be predicted at position i, IGNORE_INDEX where none is; so both have one length and
+    nothing needs shifting any more.
+    """
+
+    input_ids: Tensor
+    """[tokens] int32"""
+    targets: Tensor
+    """[tokens] int32"""
+    offsets: Tensor
+    """[examples + 1] int64"""
+    report: DatasetReport
+    fingerprint: str
+    """SHA-256 of the three tensors: a run that is resumed on other data notices."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        """Example i as (input_ids, targets), views of [T] int32."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"example {i} of {len(self)}")
+        start, end = self.offsets[i % len(self)].item(), self.offsets[i % len(self) + 1].item()
+        return self.input_ids[start:end], self.targets[start:end]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return self.offsets.diff().tolist()
+
+
+def load_dataset(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    *,
+    seq_len: int | None,
+    train_on: str = "assistant",
+    prompt_field: str | None = None,
+    completion_field: str | None = None,
+    on_special_content: str = "keep",
+    split_long: bool = False,
+    progress: bool = True,
+) -> TokenizedDataset:
+    """Read, tokenise and mask a data file (formats: data/rows.py).
+
+    A row longer than `seq_len` tokens is cut; with `split_long` it becomes several examples instead, and no target is
+    lost. Raises FileNotFoundError, or ValueError with `FILE:LINE: reason` for a bad row, and ValueError where no row
+    is left to train on.
+    """
+    if seq_len is not None and seq_len < 2:
+        raise ValueError(f"--seq-len {seq_len} leaves nothing to predict; it must be at least 2")
+    report = DatasetReport(str(path), seq_len)
+    input_ids, targets, offsets = array("i"), array("i"), array("q", [0])
+    rows = tqdm(
+        read_rows(path), desc=f"Tokenising {Path(path).name}", unit=" rows", delay=1, leave=False, disable=not progress
+    )
+    for line, row in rows:
+        try:
+            encoded = encode_row(
+                row,
+                tokenizer,
+                template,
+                train_on=train_on,
+                prompt_field=prompt_field,
+                completion_field=completion_field,
+                on_special_content=on_special_content,
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from None
+        assert max(encoded.input_ids, default=0) < tokenizer.vocab_size
+        report.rows += 1
+        for piece_ids, piece_targets in _examples(encoded, seq_len, split_long, report):
+            input_ids.extend(piece_ids)
+            targets.extend(piece_targets)
+            offsets.append(len(input_ids))
+            report.examples += 1
+            report.tokens += len(piece_ids)
+            report.target_tokens += len(piece_targets) - piece_targets.count(IGNORE_INDEX)
+            report.longest = max(report.longest, len(piece_ids))
+    if not report.examples:
+        raise ValueError(f"{path}: no row is left to train on: {'; '.join(report.lines()[1:])}")
+
+    digest = hashlib.sha256()
+    for numbers in (input_ids, targets, offsets):
+        digest.update(numbers)
+    return TokenizedDataset(
+        input_ids=torch.frombuffer(input_ids, dtype=torch.int32),
+        targets=torch.frombuffer(targets, dtype=torch.int32),
+        offsets=torch.frombuffer(offsets, dtype=torch.int64),
+        report=report,
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _examples(
+    encoded: Encoded, seq_len: int | None, split_long: bool, report: DatasetReport
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The example or examples that a row gives; counts what it loses."""
+    ids, targets = encoded.input_ids, encoded.targets
+    if not _any_target(targets):
+        report.without_target += 1
+        return
+    if encoded.special is not None:
+        report.special_content += 1
+        report.special_example = report.special_example or encoded.special
+    report.unended += encoded.unended
+    if seq_len is None or len(ids) <= seq_len:
+        yield ids, targets
+    elif split_long:
+        report.split += 1
+        for start in range(0, len(ids), seq_len):
+            # The last position of a piece predicts the first token of the next one. So nothing is lost where a piece
+            # without targets, such as a single last token, is left out.
+            if _any_target(targets[start : start + seq_len]):
+                yield ids[start : start + seq_len], targets[start : start + seq_len]
+    else:
+        report.cut += 1
+        targets = [*targets[: seq_len - 1], IGNORE_INDEX]  # the token it would predict is gone
+        if _any_target(targets):
+            yield ids[:seq_len], targets
+        else:
+            report.without_target_after_cut += 1
+
+
+def _any_target(targets: list[int]) -> bool:
+    return targets.count(IGNORE_INDEX) < len(targets)

@@ -1,0 +1,168 @@
+"""Causal self-attention with grouped key/value heads, and the one place that picks the kernel for it.
+
+What a batch looks like (positions, document borders) is described once, on the CPU, by a `SequenceLayout`, and every
+layer reads the same description; nothing in a step has to ask the GPU how long a row is.
+
+    padded rows    plain causal attention. Padding stands on the right, so no real token ever sees it: no mask needed.
+    packed rows    documents end to end must not see each other: variable-length flash attention on CUDA in half
+                   precision, a block-diagonal mask elsewhere.
+    generation     a key/value cache with one write position per row.
+
+B batch, T tokens, D model, N query heads, K key/value heads, H head dim, S cache slots.
+"""
+
+import inspect
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+from modules.rotary_embedding import apply_rotary
+
+# From torch 2.12 on varlen_attn shares key/value heads between query heads; before, they must be repeated.
+_VARLEN_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Where every token stands and which tokens it may see. Made by `padded_layout` or `packed_layout`."""
+
+    positions: Tensor
+    """[B, T] int64; [1, T] where all rows count alike."""
+    longest: int
+    """Largest position + 1, known on the host (dynamic rotary scaling needs it)."""
+    segments: Tensor | None = None
+    """[B, T] int32 document number within a packed row; None: every row is one document."""
+    cu_seqlens: Tensor | None = None
+    """[documents + 1] int32 borders in the flattened B·T tokens; padding counts as one more document."""
+    mask: Tensor | None = None
+    """[B, 1, T, T] bool, True where a query may look; made by `prepare` where no variable-length kernel runs."""
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> "SequenceLayout":
+        """Move to `device` and, where attention will need a mask, build it: once per batch, not once per layer."""
+        moved = replace(
+            self,
+            positions=self.positions.to(device, non_blocking=True),
+            segments=None if self.segments is None else self.segments.to(device, non_blocking=True),
+            cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True),
+        )
+        if moved.segments is None or uses_varlen(device, dtype):
+            return moved
+        T = moved.segments.shape[1]
+        same_document = moved.segments[:, None, :, None] == moved.segments[:, None, None, :]
+        return replace(moved, mask=same_document & torch.ones(T, T, dtype=torch.bool, device=device).tril())
+
+
+def padded_layout(length: int) -> SequenceLayout:
+    """Rows of one document each, padded on the right to `length` tokens."""
+    return SequenceLayout(torch.arange(length)[None], longest=length)
+
+
+def packed_layout(lengths: list[list[int]], length: int) -> SequenceLayout:
+    """Rows that each hold several documents of the given lengths end to end, then padding up to `length`."""
+    positions, segments, borders = [], [], [0]
+    for row in lengths:
+        parts = [*row, length - sum(row)] if sum(row) < length else row
+        positions.append(torch.cat([torch.arange(part) for part in parts]))
+        segments.append(torch.repeat_interleave(torch.arange(len(parts), dtype=torch.int32), torch.tensor(parts)))
+        for part in parts:
+            borders.append(borders[-1] + part)
+    stacked = torch.stack(positions)
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+    return SequenceLayout(stacked, int(stacked.max()) + 1, torch.stack(segments), cu_seqlens)
+
+
+def uses_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether packed rows go through variable-length flash attention: CUDA, compute capability 8.0, half precision."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def describe_attention(device: torch.device, dtype: torch.dtype, packing: bool) -> str:
+    """One line for the start of a run: which kernel attention will use."""
+    if not packing:
+        return "attention: scaled_dot_product_attention, causal"
+    if uses_varlen(device, dtype):
+        return "attention: packed documents through variable-length flash attention"
+    return "attention: packed documents through a block-diagonal mask (no variable-length kernel here)"
+
+
+class KVCache:
+    """Keys and values of one layer, [B, K, S, H]. A token's slot is its position, so unequal rows need no shifting."""
+
+    def __init__(self, batch: int, heads: int, slots: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+        self.keys = torch.zeros(batch, heads, slots, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+
+    def update(self, positions_BT: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new tokens into their slots; returns all slots. What a padding token left is overwritten later."""
+        slots = positions_BT[:, None, :, None].expand_as(k_BKTH)
+        self.keys.scatter_(2, slots, k_BKTH)
+        self.values.scatter_(2, slots, v_BKTH)
+        return self.keys, self.values
+
+
+class Attention(nn.Module):
+    """softmax(q kᵀ / √H + causal mask) v with rotary positions; N query heads share K ≤ N key/value heads."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(dim, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, dim, bias=bias)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout, cache: KVCache | None = None
+    ) -> Tensor:
+        B, T, _ = x.shape
+        q_BNTH = apply_rotary(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)
+        k_BKTH = apply_rotary(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)
+        v_BKTH = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if cache is not None:
+            k_BKSH, v_BKSH = cache.update(layout.positions.expand(B, T), k_BKTH, v_BKTH)
+            slots = torch.arange(k_BKSH.shape[2], device=x.device)
+            out_BNTH = _masked(q_BNTH, k_BKSH, v_BKSH, slots <= layout.positions[:, None, :, None])
+        elif layout.mask is not None:
+            out_BNTH = _masked(q_BNTH, k_BKTH, v_BKTH, layout.mask)
+        elif layout.cu_seqlens is not None:
+            out_BNTH = _varlen(q_BNTH, k_BKTH, v_BKTH, layout.cu_seqlens)
+        else:
+            out_BNTH = _causal(q_BNTH, k_BKTH, v_BKTH)
+        return self.o_proj(out_BNTH.transpose(1, 2).reshape(B, T, -1))
+
+
+def _causal(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:
+    if q_BNTH.is_cuda and q_BNTH.dtype in (
+        torch.bfloat16,
+        torch.float16,
+    ):  # flash reads shared heads in place
+        return F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, is_causal=True, enable_gqa=True)
+    k_BNTH, v_BNTH = _repeat_heads(k_BKTH, q_BNTH), _repeat_heads(v_BKTH, q_BNTH)
+    return F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True)
+
+
+def _masked(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor) -> Tensor:
+    k_BNSH, v_BNSH = _repeat_heads(k_BKSH, q_BNTH), _repeat_heads(v_BKSH, q_BNTH)
+    return F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=mask)
+
+
+def _varlen(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, cu_seqlens: Tensor) -> Tensor:
+    B, N, T, H = q_BNTH.shape
+    options = {"enable_gqa": True} if _VARLEN_SHARES_HEADS else {}
+    if not _VARLEN_SHARES_HEADS:
+        k_BKTH, v_BKTH = _repeat_heads(k_BKTH, q_BNTH), _repeat_heads(v_BKTH, q_BNTH)
+    q, k, v = (t.transpose(1, 2).reshape(B * T, -1, H) for t in (q_BNTH, k_BKTH, v_BKTH))
+    # max_q = T rather than the longest document: a constant, so that compiled blocks never recompile for it.
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0), **options)
+    return out.view(B, T, N, H).transpose(1, 2)
+
+
+def _repeat_heads(kv_BKSH: Tensor, q_BNTH: Tensor) -> Tensor:
+    return kv_BKSH.repeat_interleave(q_BNTH.shape[1] // kv_BKSH.shape[1], dim=1)

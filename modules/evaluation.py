@@ -1,0 +1,47 @@
+"""Evaluation loss, and a sample of what the model writes, without keeping any logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from modules.generation import generate
+from modules.loss import IGNORE_INDEX, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from data.batches import Batch
+    from data.dataset import TokenizedDataset
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype
+) -> tuple[float, int]:
+    """Mean cross entropy per target token over all batches, and the number of those tokens."""
+    training = model.training
+    model.eval()
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch in batches:
+        batch = batch.to(device, dtype)
+        hidden = model(batch.input_ids, batch.layout)
+        total += linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index)
+        tokens += batch.target_tokens
+    model.train(training)
+    return (total / tokens).item(), tokens
+
+
+def sample_completion(
+    model: nn.Module, dataset: TokenizedDataset, tokenizer, stop_ids: set[int], max_new_tokens: int = 64
+) -> dict[str, str]:
+    """Greedy completion of the first row: its `prompt` (all before the first target), `completion` and `expected`."""
+    input_ids, targets = (tensor.tolist() for tensor in dataset[0])
+    first = next(i for i, target in enumerate(targets) if target != IGNORE_INDEX)
+    if first == 0:  # a text row: everything is a target, so continue its beginning
+        first = min(len(input_ids) // 2, 31)
+    prompt, expected = input_ids[: first + 1], [t for t in targets[first:] if t != IGNORE_INDEX]
+    (completion,) = generate(model, [prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    texts = {"prompt": prompt, "completion": completion, "expected": expected}
+    return {name: tokenizer.decode(ids) for name, ids in texts.items()}

@@ -1,0 +1,115 @@
+"""LoRA: low-rank adaptation (arXiv:2106.09685). The frozen weight W gets a trained addition of rank r.
+
+    y = W x + (α/r) · B A x            A [r, in] random, B [out, r] zero, so training starts at the base model
+
+For a 4096 × 4096 layer and r = 16 that is 131 thousand trained numbers instead of 16.8 million, and only they need
+gradients and optimizer states. Over an NF4 weight the same layer is QLoRA (arXiv:2305.14314).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.nf4 import dequantize_nf4, is_nf4, linear
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer (dense or NF4) with a trained low-rank addition.
+
+    `weight` and `bias` keep their names, so the base checkpoint's keys still fit; the adapter adds `lora_A.weight` and
+    `lora_B.weight`, PEFT's names. The adapter is float32 unless said otherwise and is cast to x's dtype where used.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype):
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.requires_grad_(False)
+        device = base.weight.device
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device, dtype=dtype)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device, dtype=dtype)
+        self.rank, self.alpha = rank, alpha
+        self.dropout = nn.Dropout(dropout)
+        self.reset_adapter()
+        self.train(base.training)
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear(x, self.weight, self.bias)
+        a = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))
+        return y + F.linear(a, self.lora_B.weight.to(x.dtype)) * self.scaling
+
+    def reset_adapter(self) -> None:
+        """A as the reference implementation starts it, B zero."""
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def delta(self) -> Tensor:
+        """(α/r) · B A, [out, in] float32: what merging adds to the weight."""
+        return (self.lora_B.weight.float() @ self.lora_A.weight.float()) * self.scaling
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A plain layer with the same outputs: W + (α/r) · B A, added in float32 and rounded to W's dtype once."""
+        weight = dequantize_nf4(self.weight) if is_nf4(self.weight) else self.weight
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        layer.weight = nn.Parameter((weight.float() + self.delta()).to(weight.dtype), requires_grad=False)
+        layer.bias = self.bias
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha}"
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    targets: Sequence[str] = ALL_LINEAR,
+    dtype: torch.dtype = torch.float32,
+) -> list[str]:
+    """Freeze the model and replace its target layers by LoRALinear; returns their names.
+
+    A target is a layer's full name or its last components (`q_proj`, `self_attn.q_proj`, `lm_head`). Raises ValueError
+    for a target that names no linear layer.
+    """
+    if rank < 1:
+        raise ValueError(f"--rank {rank} must be at least 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"--dropout {dropout} must lie in [0, 1)")
+    if not targets:
+        raise ValueError("--targets is empty: name at least one linear layer, such as q_proj")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = [name for name in layers if any(_names(target, name) for target in targets)]
+    if unknown := [target for target in targets if not any(_names(target, name) for name in layers)]:
+        known = sorted({name.rpartition(".")[2] for name in layers})
+        raise ValueError(f"--targets {', '.join(unknown)} name no linear layer; the model has {', '.join(known)}")
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, LoRALinear(layers[name], rank, alpha, dropout, dtype))
+    return names
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Replace every LoRALinear by a plain linear layer with the same outputs (an NF4 base becomes dense)."""
+    for name, layer in lora_layers(model).items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.merged())
+
+
+def _names(target: str, layer: str) -> bool:
+    return layer == target or layer.endswith(f".{target}")

@@ -1,0 +1,183 @@
+"""4-bit NormalFloat weights, the "Q" of QLoRA (arXiv:2305.14314), stored in torchao's NF4Tensor.
+
+Each weight becomes one of 16 values, the quantiles of a normal distribution scaled to [-1, 1], times the largest
+magnitude of its block of 64. Those block scales are quantised once more, to 8 bits per scale with one float per 256
+of them ("double quantisation", Sec. 3), which brings the cost to 4.13 bits per weight. The weights are frozen:
+forward and backward both need W only as a factor, so a matrix is dequantised where it is used and dropped again.
+
+Storage and subclass behaviour are torchao's; quantising and dequantising are written out here, because torchao's
+index with int64 and need 8 to 64 bytes per weight on the way. The scale statistics are kept in float32 whatever
+the weight's dtype, so that dequantising rounds once; for float32 weights the result is torchao's, bit for bit.
+
+This is the only file that imports torchao.
+"""
+
+import importlib.metadata
+import logging
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# NF4Tensor is plain Python: torchao's compiled kernels, and its warnings about those that do not load, are not needed.
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+for noisy in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+
+try:
+    from torchao.quantization import NF4Tensor
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import SubclassTensorArgs
+except ImportError as error:
+    try:
+        found = f"torchao {importlib.metadata.version('torchao')}"
+    except importlib.metadata.PackageNotFoundError:
+        found = "no torchao"
+    raise ImportError(f"NF4 needs torchao 0.17 or 0.18, found {found}: pip install 'torchao>=0.17,<0.19'") from error
+
+BLOCK = 64  # weights per scale
+SCALE_BLOCK = 256  # scales per float32 factor
+# The 16 levels (arXiv:2305.14314, App. E), as torchao rounds them.
+LEVELS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
+LEVELS += (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
+ZERO_CODE = 7
+CHUNK = 1 << 24  # weights quantised at a time: bounds the transient memory to ~0.3 GB
+
+
+@torch.no_grad()
+def quantize_nf4_tensor(weight: Tensor, dtype: torch.dtype | None = None) -> NF4Tensor:
+    """Quantise a matrix on its own device; the result reads as `dtype` (default: the weight's own).
+
+    Raises ValueError if the weight holds NaN or infinities: one of them would spoil every scale of the matrix.
+    """
+    dtype = dtype or weight.dtype
+    flat = weight.reshape(-1)
+    block = _largest_divisor(flat.numel(), BLOCK)
+    if block < 2:
+        raise ValueError(f"cannot quantise a weight of shape {tuple(weight.shape)} to NF4: its size is odd")
+    scales = torch.cat([part.view(-1, block).abs().amax(1).float() for part in flat.split(_chunk(block))])
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError("cannot quantise to NF4: the weight holds NaN or infinite values")
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=weight.device)
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    packed = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=weight.device)
+    for start in range(0, flat.numel(), _chunk(block)):
+        part = flat[start : start + _chunk(block)].view(-1, block).float()
+        scale = scales[start // block : start // block + part.shape[0], None]
+        codes = torch.bucketize(part / scale, midpoints, out_int32=True)
+        codes = codes.masked_fill_(scale == 0, ZERO_CODE).to(torch.uint8).view(-1, 2)
+        packed[start // 2 : start // 2 + codes.shape[0]] = codes[:, 0] << 4 | codes[:, 1]
+
+    mean = scales.mean()
+    scale_block = _largest_divisor(scales.numel(), SCALE_BLOCK)
+    centred = (scales - mean).view(-1, scale_block)
+    factor = 256 / (2 * centred.abs().amax(1))
+    factor = torch.where(torch.isfinite(factor), factor, 1.0)
+    scales_int8 = (centred * factor[:, None]).round().clamp(-128, 127).to(torch.int8).view(-1)
+    return _nf4_tensor(weight.shape, dtype, block, scale_block, packed, scales_int8, factor, mean, levels)
+
+
+def dequantize_nf4(weight: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The dense matrix, in `dtype` (default: the dtype that the weight reads as).
+
+    On CUDA the arithmetic is compiled into one kernel that reads half a byte and writes one value per weight.
+    """
+    function = _compiled_dequantize if weight.device.type == "cuda" else _dequantize
+    inner = (weight.quantized_data, weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean)
+    return function(*inner, weight.nf4, dtype or weight.dtype).view(weight.shape)
+
+
+def _dequantize(
+    packed: Tensor, scales_int8: Tensor, factor: Tensor, mean: Tensor, levels: Tensor, dtype: torch.dtype
+) -> Tensor:
+    scales = (scales_int8.view(factor.numel(), -1) / factor[:, None]).view(-1) + mean  # [blocks]
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).view(scales.numel(), -1)
+    return (levels[codes.int()] * scales[:, None]).to(dtype)  # [blocks, block]
+
+
+_compiled_dequantize = torch.compile(_dequantize, dynamic=False)
+
+
+class _FrozenNF4Linear(torch.autograd.Function):
+    """y = x Wᵀ, dx = dy W. Only the 4-bit weight is kept for backward, never its dense copy."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: NF4Tensor) -> Tensor:
+        ctx.weight = weight
+        return x @ dequantize_nf4(weight, x.dtype).t()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None]:
+        return (grad @ dequantize_nf4(ctx.weight, grad.dtype)) if ctx.needs_input_grad[0] else None, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` for a dense or a frozen NF4 weight: [.., in] → [.., out]."""
+    if not isinstance(weight, NF4Tensor):
+        return F.linear(x, weight, bias)
+    y = _FrozenNF4Linear.apply(x, weight)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+class NF4Linear(nn.Linear):
+    """A linear layer whose frozen weight is stored in NF4. Its parameter keeps the dense layer's name."""
+
+    @classmethod
+    def from_linear(cls, dense: nn.Linear) -> "NF4Linear":
+        """Take over `dense`'s parameters; a weight still on the meta device is quantised when it is loaded."""
+        layer = cls(dense.in_features, dense.out_features, dense.bias is not None, device="meta")
+        weight = dense.weight if dense.weight.is_meta else quantize_nf4_tensor(dense.weight.detach())
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.bias = dense.bias
+        return layer.requires_grad_(False).train(dense.training)
+
+    @staticmethod
+    def pack_weight(dense: Tensor) -> NF4Tensor:
+        """How a checkpoint's dense weight is stored in this layer (`load_weights` asks every module for this)."""
+        return quantize_nf4_tensor(dense)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def quantize_nf4(model: nn.Module) -> list[str]:
+    """Replace every linear layer of the model's blocks by an NF4Linear; embeddings and head stay dense.
+
+    Works before loading (on the meta device: each weight is then quantised as it arrives, and the dense model never
+    exists) or after it. Returns the names of the replaced layers.
+    """
+    names = []
+    for prefix, block in ((n, m) for n, m in model.named_modules() if any(m is b for b in model.blocks)):
+        for name, layer in list(block.named_modules()):
+            if type(layer) is nn.Linear:
+                parent, _, leaf = name.rpartition(".")
+                setattr(block.get_submodule(parent), leaf, NF4Linear.from_linear(layer))
+                names.append(f"{prefix}.{name}")
+    return names
+
+
+def is_nf4(tensor: Tensor) -> bool:
+    return isinstance(tensor, NF4Tensor)
+
+
+def storage_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor's storage takes, the inner tensors of an NF4 weight included."""
+    if not is_nf4(tensor):
+        return tensor.numel() * tensor.element_size()
+    names, _ = tensor.__tensor_flatten__()
+    return sum(storage_bytes(getattr(tensor, name)) for name in names)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest power of two up to `limit` that divides `number` (small or odd matrices get smaller blocks)."""
+    return min(limit, number & -number)
+
+
+def _chunk(block: int) -> int:
+    return CHUNK // block * block
+
+
+def _nf4_tensor(shape, dtype, block, scale_block, packed, scales_int8, factor, mean, levels) -> NF4Tensor:
+    strides = (shape[1], 1) if len(shape) == 2 else (1,)
+    meta = SubclassTensorArgs(torch.Size(shape), strides, 0, dtype, packed.device, False)
+    return NF4Tensor(meta, block, scales_int8.numel(), scale_block, scales_int8, factor, mean, packed, levels)

@@ -1,0 +1,87 @@
+"""Optimizers and learning-rate schedules."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
+    """The learning rate of optimizer step `step`, counted from 0.
+
+    Rises linearly from 0 over `warmup_steps`, then stays (constant) or falls to 0 at `total_steps` along a line or half
+    a cosine: the schedules that transformers calls by the same names, value for value.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if schedule == "linear":
+        return peak * (1.0 - progress)
+    if schedule == "cosine":
+        return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak
+
+
+def build_adamw(parameters: dict[str, nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) over named parameters; matrices decay, vectors (norms, biases) do not.
+
+    float32 parameters use PyTorch's fused kernel; bfloat16 ones are updated with stochastic rounding.
+    """
+    groups = [
+        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if any(p.dtype == torch.bfloat16 for p in parameters.values()):
+        return StochasticRoundingAdamW(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+class StochasticRoundingAdamW(torch.optim.Optimizer):
+    """AdamW for bfloat16 weights, without float32 copies of them.
+
+    bfloat16 resolves 1/256 of a value, an Adam step is often smaller: rounding to nearest would lose it every time.
+    Rounding up or down at random, with probabilities given by the distance, is right on average (arXiv:2010.06192).
+    The moments are float32.
+    """
+
+    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+                state["step"] += 1
+                self._update(p, state["exp_avg"], state["exp_avg_sq"], state["step"].item(), group)
+
+    @staticmethod
+    def _update(p: Tensor, m: Tensor, v: Tensor, step: float, group: dict) -> None:
+        beta1, beta2 = group["betas"]
+        grad = p.grad.float()
+        m.lerp_(grad, 1 - beta1)
+        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = (v.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
+        weight = p.float().mul_(1 - group["lr"] * group["weight_decay"])
+        weight.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**step))
+        p.copy_(stochastic_round(weight) if p.dtype == torch.bfloat16 else weight)
+
+
+def stochastic_round(x: Tensor) -> Tensor:
+    """float32 → bfloat16, up or down at random so that the expectation is x.
+
+    bfloat16 is the upper half of a float32: adding a uniform 16-bit number to the lower half carries into the upper
+    one with exactly the right probability.
+    """
+    bits = x.view(torch.int32)
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    return ((bits + noise) & -65536).view(torch.float32).to(torch.bfloat16)

@@ -1,0 +1,315 @@
+"""Pretraining of a Llama from scratch, or more of it, on one device.
+
+    python recipes/pretrain.py --model FOLDER --data text.jsonl --output runs/pretrain
+    python recipes/pretrain.py --model meta-llama/Llama-3.2-1B --init checkpoint --data text.jsonl --output runs/more
+
+FOLDER holds a config.json and a tokenizer; the weights start at random, drawn from --seed. Documents are packed into
+sequences of --seq-len tokens without seeing each other, long ones are split, and every token is a target. The result,
+OUTPUT/model, is a Hugging Face folder.
+"""
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+
+import torch
+import tyro
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from checkpointing.atomic import atomic_folder
+from checkpointing.export import check_export, save_model
+from checkpointing.loggers import open_loggers
+from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
+from checkpointing.run_folder import RunFolder, clear_errors
+from checkpointing.training_state import load_training_state, save_training_state
+from data.batches import Batches, fit_seq_len
+from data.chat_templates import load_chat_template, stop_token_ids
+from data.dataset import load_dataset
+from data.tokenizers import load_tokenizer
+from models import build_model
+from modules.activation_checkpointing import checkpoint_activations
+from modules.attention import describe_attention
+from modules.compile import compile_blocks, wants_compile
+from modules.device import describe_device, peak_memory_gib, pick_device, pick_dtype
+from modules.evaluation import evaluate_loss, sample_completion
+from modules.loss import linear_cross_entropy
+from modules.memory import describe_memory, plan_memory
+from modules.optim import build_adamw, learning_rate
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1 Config
+
+
+@dataclass
+class Config:
+    model: str
+    """Checkpoint folder, or a Hub id such as meta-llama/Llama-3.2-1B."""
+    data: Path
+    """Training rows: JSON Lines or a JSON array."""
+    output: Path
+    """Folder for everything this run writes."""
+    eval_data: Path | None = None
+    """Held-out rows for the evaluation loss."""
+    prompt_field: str | None = None
+    """Column to use as the prompt, with --completion-field."""
+    completion_field: str | None = None
+    """Column to use as the completion, with --prompt-field."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens are trained: all assistant turns (completions), the last one, or everything."""
+    chat_format: str = "auto"
+    """Chat template: auto (the checkpoint's own), llama2, llama3, chatml, vicuna or a .jinja file."""
+    on_special_content: Literal["keep", "error"] = "keep"
+    """What to do with rows whose own text contains special tokens."""
+    seq_len: int | None = None
+    """Rows are split (packs filled) to this many tokens; default: 2048, or what the model has if that is less."""
+    packing: bool = True
+    """Put several rows into one sequence; they do not see each other."""
+    shuffle: bool = True
+    """Draw a new order every epoch."""
+    epochs: int = 1
+    """Passes over the data."""
+    max_steps: int | None = None
+    """End after this many optimizer steps at the latest; 0 saves the initial state."""
+    batch_size: int = 1
+    """Rows (packs) per micro-batch."""
+    grad_accum: int = 1
+    """Micro-batches per optimizer step."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """What the learning rate does after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0: never."""
+    init: Literal["random", "checkpoint"] = "random"
+    """Start from random weights, or from the folder's own (continued pretraining)."""
+    master_weights: bool = False
+    """Keep the weights in float32 and cast them where they are used."""
+    activations: Literal["none", "lean"] = "lean"
+    """What backward needs: keep everything, or only each block's input and recompute the rest."""
+    activations_every: int = 1
+    """With lean: recompute every k-th block only."""
+    compile: bool | None = None
+    """Compile each block; default: on CUDA."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 …"""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of weights and activations; auto: bfloat16 or float16 on a GPU, float32 on the CPU."""
+    deterministic: bool = False
+    """On CUDA: only kernels that give the same bits every time (slower)."""
+    seed: int = 0
+    """Seed of everything random."""
+    eval_every: int | None = None
+    """Evaluate every this many steps; default: at the end only."""
+    save_every: int = 500
+    """Save a resumable checkpoint every this many steps."""
+    keep_last: int = 2
+    """How many of those checkpoints to keep."""
+    resume: bool = False
+    """Continue the run in --output from its last checkpoint."""
+    tensorboard: bool = False
+    """Also log to OUTPUT/tensorboard (pip install -e ".[loggers]")."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project."""
+
+
+def main(cfg: Config) -> None:
+    # -----------------------------------------------------------------------------------------------------------------
+    # 2 Setup
+    with RunFolder.open(cfg.output, cfg, script=__file__, resume=cfg.resume) as run:
+        if run.finished:
+            print(f"{cfg.output} is finished: nothing to resume", file=sys.stderr)
+            return
+        train(cfg, run)
+
+
+def train(cfg: Config, run: RunFolder) -> None:
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    torch.manual_seed(cfg.seed)
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    say(describe_device(device, dtype))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 3 Tokenizer and data
+    folder = find_checkpoint(cfg.model)
+    config = read_config(folder)
+    model = build_model(config)  # on the meta device: shapes only
+    seq_len = fit_seq_len(cfg.seq_len, model.config.max_length)
+    tokenizer = load_tokenizer(folder)
+    template = load_chat_template(folder, tokenizer, cfg.chat_format)
+    rows = dict(
+        seq_len=seq_len,
+        train_on=cfg.train_on,
+        prompt_field=cfg.prompt_field,
+        completion_field=cfg.completion_field,
+        on_special_content=cfg.on_special_content,
+        split_long=True,
+    )
+    dataset = load_dataset(cfg.data, tokenizer, template, **rows)
+    eval_dataset = load_dataset(cfg.eval_data, tokenizer, template, **rows) if cfg.eval_data else None
+    for line in dataset.report.lines():
+        say(line)
+    padding = dict(pad_id=tokenizer.pad_id or 0, pad_multiple=64 if device.type == "cuda" else 1)
+    batches = Batches(
+        dataset,
+        batch_size=cfg.batch_size,
+        grad_accum=cfg.grad_accum,
+        packing=cfg.packing,
+        seq_len=seq_len,
+        shuffle=cfg.shuffle,
+        seed=cfg.seed,
+        **padding,
+    )
+    eval_batches = Batches(eval_dataset, batch_size=cfg.batch_size, **padding) if eval_dataset else None
+    total_steps = batches.total_steps(cfg.epochs, cfg.max_steps)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 4 Model and weights
+    wide = cfg.master_weights or dtype == torch.float16  # float16 cannot hold an Adam step: weights stay float32
+    weight_dtype = torch.float32 if wide else dtype
+    if cfg.init == "random":
+        model.to_empty(device=device).to(weight_dtype).init_weights()
+        fingerprint = f"random, seed {cfg.seed}"
+    else:
+        weights = WeightFiles(folder)
+        load_weights(model, weights, device=device, dtype=weight_dtype)
+        fingerprint = weights.fingerprint()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 5 Adapters / quantisation: none, every weight is trained
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    say(f"training {sum(p.numel() for p in trainable.values()):,} of {count(model):,} parameters")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 6 Memory plan and compile
+    lean = cfg.activations == "lean"
+    if lean:
+        checkpoint_activations(model, cfg.activations_every)
+    if wants_compile(cfg.compile, device):
+        compile_blocks(model)
+    autocast = torch.autocast(device.type, dtype, enabled=wide and dtype != torch.float32, cache_enabled=False)
+    say(describe_attention(device, dtype, cfg.packing))
+    say(describe_memory(plan_memory(model, tokens=cfg.batch_size * seq_len, dtype=dtype, checkpointed=lean)))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 7 Optimizer and schedule
+    optimizer = build_adamw(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 8 Resume
+    progress = {"step": 0, "epoch": 0, "step_in_epoch": 0}
+    identity = {"weights": fingerprint, "data": dataset.fingerprint}
+    if checkpoint := run.latest_checkpoint():
+        progress = load_training_state(checkpoint, parameters=trainable, optimizer=optimizer, scaler=scaler)
+        run.check_resumable(progress.pop("config"), identity, progress.pop("identity"))
+        say(f"resuming after step {progress['step']}")
+    run.cut_metrics(progress["step"])
+
+    def save_checkpoint() -> None:
+        state = progress | {"config": asdict(cfg), "identity": identity}
+        path = run.checkpoints / f"step-{progress['step']}"
+        save_training_state(path, parameters=trainable, optimizer=optimizer, progress=state, scaler=scaler)
+        run.prune(cfg.keep_last)
+
+    chat_template = template.source if dataset.report.chat_rows else None
+
+    def save_result() -> None:
+        with atomic_folder(run.model) as target:
+            save_model(target, model, config=config, source=folder, chat_template=chat_template)
+
+    check_export(run.path, sum(p.nbytes for p in model.parameters()))
+    run.rehearse(save_result)  # a save that cannot work fails now, not after the training
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 9 Training loop
+    loggers = open_loggers(cfg, run.path)
+    stop_ids = stop_token_ids(folder, tokenizer, template)
+    bar = tqdm(total=total_steps, initial=progress["step"], unit="step", disable=None)
+
+    def evaluate() -> None:
+        loss, _ = evaluate_loss(model, eval_batches.one_epoch(), device, dtype)
+        loggers.log({"step": progress["step"], "eval_loss": loss})
+        run.log({"step": progress["step"], "eval_loss": loss})
+        sample = sample_completion(model, eval_dataset, tokenizer, stop_ids)
+        tqdm.write(f"step {progress['step']}: evaluation loss {loss:.4f}; {sample['completion']!r}", file=sys.stderr)
+
+    model.train()
+    for epoch, step_in_epoch, micro_batches in batches.steps(progress["epoch"], progress["step_in_epoch"]):
+        if progress["step"] >= total_steps or run.stop_requested:
+            break
+        started = time.perf_counter()
+        lr = learning_rate(
+            progress["step"],
+            peak=cfg.lr,
+            schedule=cfg.schedule,
+            warmup_steps=cfg.warmup_steps,
+            total_steps=total_steps,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        tokens = sum(batch.target_tokens for batch in micro_batches)
+        step_loss = torch.zeros((), device=device)
+        for batch in micro_batches:
+            batch = batch.to(device, dtype)
+            with autocast:
+                hidden = model(batch.input_ids, batch.layout)
+                loss = linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index) / tokens
+            scaler.scale(loss).backward()
+            step_loss += loss.detach()
+        scaler.unscale_(optimizer)
+        grad_norm = clip_grad_norm_(trainable.values(), cfg.max_grad_norm or float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        progress = {"step": progress["step"] + 1, "epoch": epoch, "step_in_epoch": step_in_epoch + 1}
+
+        row = {"step": progress["step"], "loss": step_loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
+        seconds = time.perf_counter() - started  # after .item(): the device has finished
+        row |= {"tokens": tokens, "tokens_per_second": tokens / seconds}
+        row |= {"peak_memory_gib": peak_memory_gib(device), "seconds": seconds}
+        run.log(row)
+        loggers.log(row)
+        bar.update()
+        bar.set_postfix_str(
+            f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"
+        )
+        if eval_batches and cfg.eval_every and progress["step"] % cfg.eval_every == 0:
+            evaluate()
+        if progress["step"] % cfg.save_every == 0:
+            save_checkpoint()
+    bar.close()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 10 Save
+    if progress["step"] < total_steps:  # Ctrl-C or SIGTERM
+        save_checkpoint()
+        say(f"stopped after step {progress['step']} of {total_steps}; go on with --resume")
+        return
+    if eval_batches and not (cfg.eval_every and total_steps and total_steps % cfg.eval_every == 0):
+        evaluate()
+    save_result()
+    run.finish()
+    say(f"peak memory {peak_memory_gib(device):.2f} GiB; model in {run.model}")
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main(tyro.cli(Config))

@@ -1,0 +1,494 @@
+"""The run folder: refusals, resuming, the lock, signals, metrics and the record of what ran."""
+
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from checkpointing.run_folder import RunFolder, clear_errors, compare_config, plain
+from checkpointing.training_state import save_training_state
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Path = Path("train.jsonl")
+    lr: float = 2e-4
+    rank: int = 16
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    max_steps: int | None = 10
+    save_every: int = 5
+
+
+def start(path: Path, config: Config | None = None, *, resume: bool = False, script: Path = SCRIPT) -> RunFolder:
+    return RunFolder.open(path, config or Config(), script=script, resume=resume)
+
+
+def save_checkpoint(run: RunFolder, step: int) -> None:
+    weight = nn.Parameter(torch.full((2,), float(step)))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    folder = run.checkpoints / f"step-{step}"
+    save_training_state(folder, parameters={"w": weight}, optimizer=optimizer, progress={"step": step})
+
+
+def save_adapter(run: RunFolder, text: str = "{}") -> None:
+    run.adapter.mkdir(parents=True, exist_ok=True)
+    (run.adapter / "adapter_config.json").write_text(text)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file() and p.name != ".lock"
+    }
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+# Opening: what is refused, what is replaced, what is kept.
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "adapter", "model"])
+def test_an_earlier_run_is_refused_and_kept(what: str, tmp_path: Path):
+    with start(tmp_path / "run") as run:
+        run.log({"step": 1, "loss": 2.0})
+        if what == "checkpoint":
+            save_checkpoint(run, 5)
+        elif what == "adapter":
+            save_adapter(run)
+        else:
+            run.model.mkdir()
+            (run.model / "config.json").write_text("{}")
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match="--resume") as error:
+        start(tmp_path / "run")
+    assert str(tmp_path / "run") in str(error.value) and "\n" not in str(error.value)
+    assert contents(tmp_path / "run") == before
+    start(tmp_path / "run", resume=True).close()  # the refusal let go of the lock
+
+
+def test_leftovers_of_a_run_that_saved_nothing_are_replaced(tmp_path: Path):
+    path = tmp_path / "run"
+    with start(path) as run:
+        run.log({"step": 1, "loss": 2.0})
+        run.draw()
+    for name in ("checkpoints/.step-5.partial", ".adapter.partial", "checkpoints/step-7"):  # none of them complete
+        (path / name).mkdir(parents=True)
+        (path / name / "weights.safetensors").write_text("half")
+    (path / ".run.json.partial").write_text("{")
+    (path / "notes.txt").write_text("mine")
+    (path / "plots").mkdir()
+    (path / "plots" / "a.png").write_text("mine")
+    with start(path, Config(lr=1.0)) as run:
+        assert run.latest_checkpoint() is None and not run.finished
+    left = set(contents(path))
+    assert left == {"run.json", "recipe.py", "notes.txt", "plots/a.png", "checkpoints/step-7/weights.safetensors"}
+    assert (path / "notes.txt").read_text() == (path / "plots" / "a.png").read_text() == "mine"
+    record = json.loads((path / "run.json").read_text())
+    assert record["config"]["lr"] == 1.0 and record["resumed"] == []
+
+
+@pytest.mark.parametrize("name", ["model", "adapter", "recipe.py"])
+def test_foreign_things_in_the_way_are_kept(name: str, tmp_path: Path):
+    file = tmp_path / name if name == "recipe.py" else tmp_path / name / "__init__.py"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"holds {name}, which no run here wrote"):
+        start(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_script_may_run_from_its_own_output_folder(tmp_path: Path):
+    script = tmp_path / "recipe.py"
+    script.write_text("print(1)")
+    start(tmp_path, script=script).close()
+    start(tmp_path, script=script).close()
+    assert script.read_text() == "print(1)"
+
+
+def test_a_file_as_output_is_an_error(tmp_path: Path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match="is a file"):
+        start(tmp_path / "run")
+
+
+def test_resume_without_a_checkpoint_starts_afresh_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture):
+    with start(tmp_path / "run", resume=True) as run:
+        run.log({"step": 1, "loss": 2.0})
+    assert "starting afresh" in capsys.readouterr().err
+    with start(tmp_path / "run", Config(rank=4), resume=True) as run:  # nothing was saved: other settings are fine
+        assert not run.finished and not (run.path / "metrics.jsonl").exists()
+    output = capsys.readouterr()
+    assert "starting afresh" in output.err and output.out == ""
+
+
+def test_resume_keeps_everything_and_names_the_newest_checkpoint(tmp_path: Path):
+    with start(tmp_path) as run:
+        run.log({"step": 1, "loss": 2.0})
+        for step in (9, 10, 100):
+            save_checkpoint(run, step)
+    (tmp_path / "checkpoints" / "step-200").mkdir()  # not complete
+    (tmp_path / "checkpoints" / "step-x").mkdir()
+    with start(tmp_path, resume=True) as run:
+        assert run.latest_checkpoint() == tmp_path / "checkpoints" / "step-100"
+        assert not run.finished
+    assert rows(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_folder_that_was_being_replaced_is_put_back(tmp_path: Path):
+    with start(tmp_path) as run:
+        save_checkpoint(run, 5)
+        save_adapter(run)
+    os.rename(tmp_path / "checkpoints" / "step-5", tmp_path / "checkpoints" / ".step-5.old")  # as a kill leaves it
+    os.rename(tmp_path / "adapter", tmp_path / ".adapter.old")
+    with pytest.raises(ValueError, match="step-5, .*adapter"):
+        start(tmp_path)
+    with start(tmp_path, resume=True) as run:
+        assert run.latest_checkpoint().name == "step-5" and (run.adapter / "adapter_config.json").exists()
+
+
+# Finished runs.
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path: Path):
+    with start(tmp_path) as run:
+        run.log({"step": 10, "loss": 2.0})
+        save_checkpoint(run, 5)
+        save_adapter(run)
+        assert not run.finished
+        run.finish()
+        assert run.finished
+    before = contents(tmp_path)
+    with start(tmp_path, resume=True) as run:
+        assert run.finished
+    assert contents(tmp_path) == before
+    with pytest.raises(ValueError, match="lr: 0.0002 -> 0.1"):
+        start(tmp_path, Config(lr=0.1), resume=True)
+    shutil.rmtree(tmp_path / "adapter")  # the result is gone, so it is made again
+    with start(tmp_path, resume=True) as run:
+        assert not run.finished
+
+
+def test_a_run_that_was_killed_before_its_mark_is_resumed(tmp_path: Path):
+    with start(tmp_path) as run:
+        save_checkpoint(run, 5)
+        save_adapter(run)
+    with start(tmp_path, resume=True) as run:
+        assert not run.finished  # from step 5
+    shutil.rmtree(tmp_path / "checkpoints")
+    with start(tmp_path, resume=True) as run:
+        assert run.finished  # the complete result is all there is
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path: Path, capsys: pytest.CaptureFixture):
+    with start(tmp_path) as run:
+        save_checkpoint(run, 10)
+        save_adapter(run)
+        run.finish()
+    capsys.readouterr()
+    with start(tmp_path, Config(max_steps=20), resume=True) as run:
+        assert not run.finished
+    assert "another max_steps: 10 -> 20" in capsys.readouterr().err
+    with start(tmp_path, Config(max_steps=20), resume=True) as run:
+        assert not run.finished  # and it has not ended since
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="no checkpoint to go on from"):
+        start(tmp_path, Config(max_steps=30), resume=True)
+
+
+# The record.
+
+
+def test_run_json_says_what_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    project = tmp_path / "project"
+    project.mkdir()
+    script = project / "my recipe.py"
+    script.write_text("print(1)\n")
+    git = ["git", "-C", str(project), "-c", "user.name=n", "-c", "user.email=e"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *arguments], check=True)
+    script.write_text("print(2)\n")
+    monkeypatch.setattr(sys, "argv", [str(script), "--prompt", "two words"])
+    with start(tmp_path / "run", script=script) as run:
+        save_checkpoint(run, 5)
+    record = json.loads((tmp_path / "run" / "run.json").read_text(), parse_constant=pytest.fail)
+    assert (
+        record["config"]
+        == plain(Config())
+        == {
+            "data": "train.jsonl",
+            "lr": 2e-4,
+            "rank": 16,
+            "targets": ["q_proj", "v_proj"],
+            "max_steps": 10,
+            "save_every": 5,
+        }
+    )
+    revision = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert record["git"]["revision"] == revision
+    assert "-print(1)" in record["git"]["diff"] and "+print(2)" in record["git"]["diff"]
+    assert record["command"].endswith("--prompt 'two words'")
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["hardware"]["cpu_count"] == os.cpu_count() and record["hardware"]["memory_bytes"] > 1e8
+    assert (tmp_path / "run" / "recipe.py").read_text() == "print(2)\n"
+
+    script.write_text("print(3)\n" * 200_000)
+    start(tmp_path / "run", replace(Config(), save_every=7), resume=True, script=script).close()
+    again = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert again["resumed"] == [{k: v for k, v in record.items() if k != "resumed"}]
+    assert again["config"]["save_every"] == 7
+    assert 1_000_000 < len(again["git"]["diff"]) < 1_000_100 and again["git"]["diff"].endswith("[cut here]\n")
+    assert (tmp_path / "run" / "recipe-1.py").read_text() == "print(2)\n"  # the script that began the run
+
+
+def test_no_repository_and_no_git_are_no_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script = tmp_path / "alone.py"
+    script.write_text("")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    start(tmp_path / "a", script=script).close()
+    monkeypatch.setenv("PATH", "")
+    start(tmp_path / "b", script=script).close()
+    for name in "ab":
+        assert json.loads((tmp_path / name / "run.json").read_text())["git"] == {"revision": None, "diff": None}
+
+
+def test_resume_survives_a_lost_run_json(tmp_path: Path, capsys: pytest.CaptureFixture):
+    with start(tmp_path) as run:
+        save_checkpoint(run, 5)
+    (tmp_path / "run.json").write_text('{"conf')
+    with start(tmp_path, resume=True) as run:
+        assert run.latest_checkpoint().name == "step-5"
+    assert "run.json is missing or damaged" in capsys.readouterr().err
+
+
+def test_settings_that_may_change_are_said_others_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
+    saved = plain(Config())
+    assert compare_config(saved, Config()) == []
+    assert compare_config(saved, Config(max_steps=None, save_every=1)) == ["max_steps", "save_every"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("another ")[2] for line in said] == ["max_steps: 10 -> None", "save_every: 5 -> 1"]
+    with pytest.raises(ValueError) as error:
+        compare_config(saved, Config(lr=1e-3, rank=8, max_steps=3))
+    assert "lr: 0.0002 -> 0.001; rank: 16 -> 8;" in str(error.value) and "max_steps" not in str(error.value)
+    assert compare_config(saved, Config(lr=1e-3), may_change=("lr",)) == ["lr"]
+    with pytest.raises(ValueError, match=r"extra: 1 -> \(absent\)"):
+        compare_config(saved | {"extra": 1}, Config())
+
+    with start(tmp_path) as run:
+        save_checkpoint(run, 5)
+        run.check_resumable(saved | {"max_steps": 3}, {"weights": "a"}, {"weights": "a"})
+        with pytest.raises(ValueError, match="fingerprint of the weights: b -> a"):
+            run.check_resumable(saved, {"weights": "a"}, {"weights": "b"})
+        with pytest.raises(ValueError, match="rank: 4 -> 16"):
+            run.check_resumable(saved | {"rank": 4}, {}, {})
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="rank: 16 -> 8"):
+        start(tmp_path, Config(rank=8), resume=True)
+    assert contents(tmp_path) == before
+
+
+# Metrics.
+
+
+def test_metrics_keep_every_bit_and_are_valid_json(tmp_path: Path):
+    values = [0.1 + 0.2, 1 / 3, 5e-324, 1e300, torch.tensor(0.1).item()]
+    with start(tmp_path) as run:
+        for step, value in enumerate(values):
+            run.log({"step": step, "loss": value})
+        run.log({"step": 5, "loss": math.nan, "grad_norm": math.inf, "lr": torch.tensor(2.5)})
+        assert len(rows(tmp_path)) == 6  # on disk at once
+    assert [row["loss"] for row in rows(tmp_path)[:5]] == values
+    assert rows(tmp_path)[5] == {"step": 5, "loss": "NaN", "grad_norm": "Infinity", "lr": 2.5}
+    assert math.isnan(float("NaN")) and float("Infinity") == math.inf
+    assert "training" in (tmp_path / "loss.svg").read_text()  # close() has drawn it
+
+
+@pytest.mark.parametrize("torn", ['{"step": 7, "lo', '{"step": 3, "loss": 1.0', "\0\0\0", "7", ""])
+def test_metrics_are_cut_to_the_checkpoint(torn: str, tmp_path: Path):
+    with start(tmp_path) as run:
+        run.cut_metrics(0)  # no file yet
+        for step in range(1, 7):
+            run.log({"step": step, "loss": 1 / step})
+            run.log({"step": step, "eval_loss": 2 / step})
+        before = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write(torn)
+        run.cut_metrics(4)
+        assert (tmp_path / "metrics.jsonl").read_text() == "".join(before[:8])
+        run.log({"step": 5, "loss": 1 / 5})
+        assert rows(tmp_path)[-1] == {"step": 5, "loss": 0.2} and len(rows(tmp_path)) == 9
+        run.cut_metrics(0)
+        assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_prune_keeps_the_newest(tmp_path: Path):
+    with start(tmp_path) as run:
+        for step in (2, 9, 10, 11):
+            save_checkpoint(run, step)
+        (run.checkpoints / "mine").mkdir()
+        run.prune(None)
+        assert len(list(run.checkpoints.iterdir())) == 5
+        with pytest.raises(ValueError, match="at least 1"):
+            run.prune(0)
+        run.prune(2)
+        assert {p.name for p in run.checkpoints.iterdir()} == {"step-10", "step-11", "mine"}
+
+
+def test_a_rehearsal_leaves_no_trace_and_its_failure_is_raised(tmp_path: Path):
+    with start(tmp_path) as run:
+        before = contents(tmp_path)
+        seen = []
+
+        def save() -> None:
+            save_adapter(run)
+            seen.append(run.adapter)
+
+        run.rehearse(save)
+        assert seen[0] != tmp_path / "adapter" and run.adapter == tmp_path / "adapter"
+        with pytest.raises(OSError, match="full"):
+            run.rehearse(lambda: (_ for _ in ()).throw(OSError("disk full")))
+        assert contents(tmp_path) == before and run.adapter == tmp_path / "adapter"
+
+
+# Other processes, signals, errors.
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from checkpointing.run_folder import RunFolder, clear_errors
+with clear_errors(), RunFolder.open(Path(sys.argv[1]), {"lr": 1.0}, script=sys.argv[0], resume=False) as run:
+    step = 0
+    while not run.stop_requested or "--stubborn" in sys.argv:
+        step += 1
+        run.log({"step": step, "loss": 1 / step})
+        if step == 1:
+            print("ready", flush=True)
+        time.sleep(0.01)
+    print("saved", flush=True)
+"""
+
+
+def worker(path: Path, *flags: str) -> subprocess.Popen:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", WORKER, str(path), *flags], cwd=REPOSITORY, **pipes)
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    return process
+
+
+def test_the_lock_holds_until_the_process_is_gone_and_sigterm_ends_it_gently(tmp_path: Path):
+    process = worker(tmp_path)
+    with pytest.raises(ValueError, match=f"in use by process {process.pid}"):
+        start(tmp_path)
+    with pytest.raises(ValueError, match="in use"):
+        start(tmp_path, resume=True)
+    process.kill()
+    process.wait()
+    start(tmp_path).close()
+
+    process = worker(tmp_path)
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "saved\n") and err.count("SIGTERM: ending this step") == 1, err
+    assert "training" in (tmp_path / "loss.svg").read_text()
+
+
+def test_the_second_ctrl_c_stops_at_once(tmp_path: Path):
+    process = worker(tmp_path, "--stubborn")
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM" in process.stderr.readline() + process.stderr.readline()
+    process.send_signal(signal.SIGTERM)  # schedulers repeat themselves; that is no second Ctrl-C
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+
+
+def test_one_process_cannot_open_a_folder_twice(tmp_path: Path):
+    with start(tmp_path), pytest.raises(ValueError, match="in use"):
+        start(tmp_path)
+    start(tmp_path).close()
+
+
+def test_signal_handlers_come_and_go(tmp_path: Path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with start(tmp_path) as run:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert run.stop_requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    seen = []
+
+    def elsewhere() -> None:
+        with start(tmp_path):
+            seen.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (ValueError("--lr -1 is negative"), 2, "error: --lr -1 is negative\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.jsonl"),
+            2,
+            "error: a.jsonl: No such file or directory\n",
+        ),
+        (OSError("disk"), 2, "error: disk\n"),
+        (ImportError('--wandb needs the loggers extra: pip install -e ".[loggers]"'), 2, "error: --wandb needs"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"), 1, "--batch-size"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_a_status(error: BaseException, status: int, text: str, capsys, monkeypatch):
+    monkeypatch.delenv("HANDTUNE_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as left, clear_errors():
+        raise error
+    output = capsys.readouterr()
+    assert left.value.code == status and output.out == ""
+    assert text in output.err and output.err.count("\n") == 1 and "Traceback" not in output.err
+    monkeypatch.setenv("HANDTUNE_DEBUG", "1")
+    with pytest.raises(SystemExit), clear_errors():
+        raise error
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a bug"), ImportError("No module named x"), AssertionError("invariant")]
+)
+def test_bugs_keep_their_traceback(error: Exception):
+    with pytest.raises(type(error)), clear_errors():
+        raise error
+
+
+def test_nothing_goes_to_standard_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with start(tmp_path, resume=True) as run:
+        run.log({"step": 1, "loss": 1.0})
+        save_checkpoint(run, 1)
+        save_adapter(run)
+        run.finish()
+    start(tmp_path, Config(max_steps=1), resume=True).close()
+    assert sys.stdout.getvalue() == ""

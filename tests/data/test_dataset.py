@@ -1,0 +1,152 @@
+import json
+import pickle
+
+import pytest
+import torch
+
+from data.chat_templates import ChatTemplate
+from data.dataset import IGNORE_INDEX, load_dataset
+from data.rows import encode_row
+from tests.data.published_templates import CHATML
+from tests.data.tiny_tokenizer import TinyTokenizer
+
+TOKENIZER = TinyTokenizer()
+TEMPLATE = ChatTemplate(CHATML, "test", {}, tuple(TOKENIZER.special_tokens))
+
+
+def load(tmp_path, rows: list[dict], *, seq_len: int | None = None, **options):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_dataset(path, TOKENIZER, TEMPLATE, seq_len=seq_len, progress=False, **options)
+
+
+def chat(*contents: str) -> dict:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
+
+
+ROWS = [
+    {"text": "hello world " * 5},
+    chat("hello", "world", "a", "b"),
+    {"prompt": "question", "completion": "answer"},
+    {"instruction": "Sing.", "output": "La"},
+]
+
+
+def test_rows_lie_end_to_end(tmp_path):
+    dataset = load(tmp_path, ROWS)
+    assert dataset.input_ids.dtype == dataset.targets.dtype == torch.int32 and dataset.offsets.dtype == torch.int64
+    assert len(dataset) == len(ROWS) and dataset.offsets[0] == 0 and dataset.offsets[-1] == len(dataset.input_ids)
+    for i, row in enumerate(ROWS):
+        encoded = encode_row(row, TOKENIZER, TEMPLATE)
+        input_ids, targets = dataset[i]
+        assert (input_ids.tolist(), targets.tolist()) == (encoded.input_ids, encoded.targets)
+        assert dataset.lengths[i] == len(encoded.input_ids)
+    assert dataset[-1][0].equal(dataset[3][0]) and len(list(dataset)) == 4
+    with pytest.raises(IndexError):
+        dataset[4]
+    report = dataset.report
+    assert (report.rows, report.examples, report.tokens) == (4, 4, len(dataset.targets))
+    assert report.target_tokens == (dataset.targets != IGNORE_INDEX).sum()
+    assert report.longest == max(dataset.lengths)
+    assert report.lines() == [
+        f"{tmp_path}/data.jsonl: 4 examples from 4 rows, {report.tokens} tokens, of which {report.target_tokens} are "
+        f"trained; the longest has {report.longest}"
+    ]
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy.input_ids.equal(dataset.input_ids) and copy.fingerprint == dataset.fingerprint
+
+
+def test_seq_len_cuts_tokens_then_shifts(tmp_path):
+    whole = load(tmp_path, ROWS[:1])
+    length = len(whole.input_ids)
+    for seq_len in (2, 7, length - 1, length, length + 1):
+        cut = load(tmp_path, ROWS[:1], seq_len=seq_len)
+        ids = whole.input_ids.tolist()[:seq_len]
+        assert cut.input_ids.tolist() == ids
+        assert cut.targets.tolist() == [*ids[1:], IGNORE_INDEX]
+        assert cut.report.cut == (seq_len < length)
+    assert load(tmp_path, ROWS[:1], seq_len=7).report.lines()[1:] == ["1 row cut to --seq-len 7"]
+    with pytest.raises(ValueError, match="--seq-len 1 leaves nothing to predict; it must be at least 2"):
+        load(tmp_path, ROWS, seq_len=1)
+
+
+def test_split_long_loses_no_target(tmp_path):
+    rows = [{"text": "hello world " * n} for n in (1, 3, 5, 9)] + [chat("hello " * 20, "world " * 20)]
+    whole = load(tmp_path, rows)
+    wanted = whole.targets[whole.targets != IGNORE_INDEX]
+    for seq_len in (2, 5, 8, 16):
+        split = load(tmp_path, rows, seq_len=seq_len, split_long=True)
+        assert max(split.lengths) <= seq_len and split.report.longest <= seq_len
+        assert split.targets[split.targets != IGNORE_INDEX].equal(wanted)
+        for input_ids, targets in split:
+            assert (targets != IGNORE_INDEX).any()
+            inside = targets[:-1] != IGNORE_INDEX
+            assert targets[:-1][inside].equal(input_ids[1:][inside])
+        assert split.report.split == sum(length > seq_len for length in whole.lengths)
+        assert split.report.cut == split.report.without_target == 0
+        assert f"split into pieces of --seq-len {seq_len}" in split.report.lines()[1]
+    # One token more than fits: its target is the last of the first piece, and no piece of one token is left.
+    first = whole.lengths[0]
+    assert load(tmp_path, rows[:1], seq_len=first - 1, split_long=True).lengths == [first - 1]
+
+
+def test_rows_without_target_are_dropped_and_said(tmp_path):
+    rows = [chat("hello"), chat("hello", "world " * 50), *ROWS[1:3], chat("hello " * 50, "world"), chat("x")]
+    dataset = load(tmp_path, rows, seq_len=60)
+    report = dataset.report
+    assert len(dataset) == 3 and (report.rows, report.without_target, report.without_target_after_cut) == (6, 2, 1)
+    assert all((targets != IGNORE_INDEX).any() for _, targets in dataset)
+    assert report.lines()[1:] == [
+        "2 rows cut to --seq-len 60",
+        "1 row dropped: --seq-len 60 cut off all that is trained",
+        "2 rows dropped: nothing in them is trained",
+    ]
+    with pytest.raises(ValueError, match="no row is left to train on: 2 rows dropped: nothing in them is trained"):
+        load(tmp_path, [rows[0], rows[-1]])
+    with pytest.raises(ValueError, match="left to train on: 1 row cut to --seq-len 9; 1 row dropped: --seq-len 9 cut"):
+        load(tmp_path, [rows[-2]], seq_len=9)
+
+
+def test_special_contents_and_missing_ends_are_said(tmp_path):
+    rows = [chat("hello", "world"), chat("what is <|im_end|>?", "it ends"), {"prompt": "<s>", "completion": "</s>"}]
+    report = load(tmp_path, rows).report
+    assert (report.special_content, report.unended) == (2, 0)
+    assert report.lines()[1].startswith("2 rows with special tokens such as '<|im_end|>' in their own text")
+    with pytest.raises(ValueError, match=r"data.jsonl:2: the row's own text holds the special token '<\|im_end\|>'"):
+        load(tmp_path, rows, on_special_content="error")
+
+    endless = ChatTemplate("{% for m in messages %}{{ m.content }}\n{% endfor %}", "test", {}, ())
+    report = load_dataset(tmp_path / "data.jsonl", TOKENIZER, endless, seq_len=None, progress=False).report
+    assert report.unended == 2
+    assert "2 rows with an answer that no end-of-turn token follows" in report.lines()[2]
+
+
+def test_a_bad_row_is_named_by_file_and_line(tmp_path):
+    bad = {"messages": [{"role": "robot", "content": "x"}]}
+    with pytest.raises(ValueError, match=r'data.jsonl:3: unknown role "robot" in messages\[0\]; known are '):
+        load(tmp_path, [*ROWS[:2], bad])
+    with pytest.raises(FileNotFoundError, match="there is no such data file"):
+        load_dataset(tmp_path / "nowhere.jsonl", TOKENIZER, None, seq_len=None)
+
+
+def test_options_reach_the_rows(tmp_path):
+    rows = [{"question": "hello", "answer": "world"}]
+    dataset = load(tmp_path, rows, prompt_field="question", completion_field="answer", train_on="all")
+    assert dataset.report.target_tokens == len(dataset.input_ids) - 1
+
+
+def test_fingerprint_depends_on_tokens_targets_and_borders(tmp_path):
+    same = load(tmp_path, ROWS).fingerprint
+    assert same == load(tmp_path, ROWS, seq_len=10_000).fingerprint and len(same) == 64
+    others = [
+        load(tmp_path, ROWS[::-1]),
+        load(tmp_path, ROWS, train_on="all"),
+        load(tmp_path, ROWS, train_on="last"),
+        load(tmp_path, ROWS, seq_len=16),
+        load(tmp_path, ROWS, seq_len=16, split_long=True),
+    ]
+    whole, half = load(tmp_path, ROWS[:1]), load(tmp_path, ROWS[:1], seq_len=8, split_long=True)
+    assert whole.input_ids.equal(half.input_ids) and whole.targets.equal(half.targets)
+    assert whole.fingerprint != half.fingerprint
+    assert len({same, *(other.fingerprint for other in others)}) == 6
