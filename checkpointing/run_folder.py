@@ -106,8 +106,8 @@ class RunFolder:
 
     def cut_metrics(self, step: int) -> None:
         """Drop the rows after `step`, and a last line that a kill cut short: the resumed run writes them again."""
-        if rows := self._rows():
-            kept = (line for line, row in rows if row.get("step", 0) <= step)
+        if (self.path / "metrics.jsonl").exists():
+            kept = [line for line, row in self._rows() if row.get("step", 0) <= step]
             atomic_write_text(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
 
     def draw(self) -> None:
@@ -142,10 +142,10 @@ class RunFolder:
 
     def finish(self) -> None:
         """Put on record that the run has ended; call it when the result is saved."""
+        self.draw()  # before the mark: nobody comes back to a finished run
         record = self._read_record() or {"config": self._config}
         self._write_record(record | {"finished": {"time": _now(), "results": self._results()}})
         self.finished = True
-        self.draw()
 
     def close(self) -> None:
         """Draw what has not been drawn, give the signals back, let go of the folder."""

@@ -56,7 +56,6 @@ TEMPLATES = {
 """,
     # Nothing stands before the first turn, except BOS for a tokenizer whose model expects one before every text.
     "chatml": """\
-{% if adds_bos %}{{ bos_token }}{% endif %}
 {% for message in messages %}
 <|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
@@ -179,31 +178,45 @@ def load_chat_template(
 ) -> ChatTemplate | None:
     """The template that `--chat-format NAME` means for a checkpoint folder; None where "auto" finds nothing that fits.
 
-    "auto": the one in `extra_folder` (an adapter's) or `folder`, else the written-out format whose special tokens the
-    tokenizer has. Otherwise a key of TEMPLATES or a .jinja file. Raises ValueError for an unknown name.
+    "own": the one in `extra_folder` (an adapter's) or `folder`. "auto": that, else the written-out format whose special
+    tokens the tokenizer has. Otherwise a key of TEMPLATES or a .jinja file. Raises ValueError for an unknown name.
     """
     variables: dict[str, str | bool] = _named_tokens(Path(folder), tokenizer)
-    special = tuple(spoken_special_tokens(tokenizer))
-    if name == "auto":
+    special = [token for token in tokenizer.special_tokens if token.strip()]  # some are mere runs of spaces
+    if name in ("own", "auto"):
         for place, whose in ((extra_folder, "the adapter's own"), (folder, "the checkpoint's own")):
             source = _read_own_template(Path(place)) if place is not None else None
             if source is not None:
                 return ChatTemplate(source, whose, variables, special, now)
-        name = _format_that_fits(tokenizer, variables)
-        if name is None:
+        fitting = None if name == "own" else _format_that_fits(tokenizer, variables)
+        if fitting is None:
             return None
+        name = fitting
     if name in TEMPLATES:
-        hand_written = {"bos_token": "", "eos_token": "", **variables, "adds_bos": tokenizer.adds_bos}
-        return ChatTemplate(TEMPLATES[name], name, hand_written, special, now)
+        source = TEMPLATES[name]
+        if name == "chatml" and tokenizer.adds_bos:
+            source = "{{ bos_token }}" + source
+        return ChatTemplate(source, name, {"bos_token": "", "eos_token": "", **variables}, special, now)
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"--chat-format {name!r} is neither a file nor one of auto, {', '.join(TEMPLATES)}")
     return ChatTemplate(_read_text(path), path.name, variables, special, now)
 
 
-def spoken_special_tokens(tokenizer: Tokenizer) -> list[str]:
-    """The tokens that steer a model. Some tokenizers also *add* runs of spaces and other plain text: not those."""
-    return [token for token in tokenizer.special_tokens if token.strip()]
+def stop_token_ids(folder: str | Path, tokenizer: Tokenizer, template: ChatTemplate | None) -> set[int]:
+    """Tokens that end a generated text: the checkpoint's EOS tokens, and what ends an assistant's turn in `template`.
+
+    A base model's own files know nothing of the turns that it is about to learn.
+    """
+    found = {tokenizer.eos_id}
+    for file in ("config.json", "generation_config.json"):
+        ids = _read_json(Path(folder) / file).get("eos_token_id")
+        found |= set(ids if isinstance(ids, list) else [ids])
+    if template is not None:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        rendered = template.render_with_targets(turns)
+        found |= {tokenizer.id_of(rendered.text[start:end]) for start, end in rendered.spans[1:]}
+    return found - {None}
 
 
 class _GenerationTag(Extension):
@@ -271,12 +284,15 @@ def _format_that_fits(tokenizer: Tokenizer, variables: dict) -> str | None:
 
 
 def _named_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """`bos_token`, `eos_token` … as a template sees them: what the folder's files say, else what the tokenizer uses."""
-    names = {token_id: token for token, token_id in tokenizer.special_tokens.items()}
-    found = {"bos_token": names.get(tokenizer.bos_id), "eos_token": names.get(tokenizer.eos_id)}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        found |= {key: value for key, value in _read_json(folder / file).items() if key in NAMED_TOKENS}
-    found = {key: value["content"] if isinstance(value, dict) else value for key, value in found.items()}
+    """`bos_token`, `eos_token` … as a template sees them, by the folder's files."""
+    config = _read_json(folder / "tokenizer_config.json")
+    files = _read_json(folder / "special_tokens_map.json") | config
+    found = {key: value["content"] if isinstance(value := files.get(key), dict) else value for key in NAMED_TOKENS}
+    # A token that the files leave out is the tokenizer's own, except that transformers' general class has none.
+    if config.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        for key, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+            if key not in files and token_id is not None:
+                found[key] = tokenizer.token_of(token_id)
     return {key: value for key, value in found.items() if value is not None}
 
 

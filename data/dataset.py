@@ -42,6 +42,8 @@ class DatasetReport:
     special_content: int = 0
     """Rows whose own text holds a special token."""
     special_example: str | None = None
+    chat_rows: int = 0
+    """Rows that went through the chat template."""
     unended: int = 0
     """Chat rows with a trained message that no end-of-turn token follows."""
 
@@ -153,6 +155,7 @@ def load_dataset(
             raise ValueError(f"{path}:{line}: {error}") from None
         assert max(encoded.input_ids, default=0) < tokenizer.vocab_size
         report.rows += 1
+        report.chat_rows += encoded.chat
         for piece_ids, piece_targets in _examples(encoded, seq_len, split_long, report):
             input_ids.extend(piece_ids)
             targets.extend(piece_targets)

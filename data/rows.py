@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from data.chat_targets import special_token_pattern
-from data.chat_templates import TRAIN_ON, ChatTemplate, spoken_special_tokens
+from data.chat_templates import TRAIN_ON, ChatTemplate
 from data.json_rows import shown
 from data.tokenizers import Tokenizer
 
@@ -166,6 +166,8 @@ class Encoded:
     """A special token written out in the row's own words, if there is one."""
     unended: bool = False
     """Some trained message has no end-of-turn token."""
+    chat: bool = False
+    """Rendered by the chat template."""
 
 
 def encode_row(
@@ -188,11 +190,11 @@ def encode_row(
     match parse_row(row, prompt_field, completion_field):
         case Text(text):
             # Here a special token is not a surprise: who writes whole texts may write them with their frame.
-            ids = _with_bos(tokenizer, text) + [_eos(tokenizer)]
+            ids = tokenizer.encode_prompt(text) + [_eos(tokenizer)]
             return Encoded(ids, _targets(ids, [True] * len(ids)))
         case Completion(prompt, completion):
             special = _special_in([prompt, completion], tokenizer, on_special_content)
-            prompt_ids = _with_bos(tokenizer, prompt)
+            prompt_ids = tokenizer.encode_prompt(prompt)
             completion_ids = tokenizer.encode(completion) + [_eos(tokenizer)]
             trained = [train_on == "all"] * len(prompt_ids) + [True] * len(completion_ids)
             ids = prompt_ids + completion_ids
@@ -209,13 +211,7 @@ def encode_row(
             # As transformers does with a chat: what the template wrote is all, no BOS or EOS is added.
             ids, token_spans = tokenizer.encode_with_spans(rendered.text)
             trained = _overlaps(token_spans, rendered.spans, len(rendered.text))
-            return Encoded(ids, _targets(ids, trained), special, rendered.unended > 0)
-
-
-def _with_bos(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text from its beginning, with one BOS if the tokenizer adds any."""
-    ids = tokenizer.encode(text)
-    return ids if not tokenizer.adds_bos or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+            return Encoded(ids, _targets(ids, trained), special, rendered.unended > 0, chat=True)
 
 
 def _eos(tokenizer: Tokenizer) -> int:
@@ -240,7 +236,7 @@ def _targets(ids: list[int], trained: list[bool]) -> list[int]:
 
 
 def _special_in(texts: list[str], tokenizer: Tokenizer, on_special_content: str) -> str | None:
-    pattern = _special_pattern(frozenset(spoken_special_tokens(tokenizer)))
+    pattern = _special_pattern(frozenset(tokenizer.control_tokens))
     found = next((match[0] for match in map(pattern.search, texts) if match), None)
     if found and on_special_content == "error":
         raise ValueError(f"the row's own text holds the special token {found!r} (--on-special-content keep allows it)")

@@ -40,8 +40,8 @@ class Config:
     """System message, with a chat template."""
     raw: bool = False
     """No chat template: continue the text."""
-    chat_format: str = "auto"
-    """Chat template: auto (the adapter's or checkpoint's own), llama2, llama3, chatml, vicuna or a .jinja file."""
+    chat_format: str = "own"
+    """Chat template: own (the adapter's or checkpoint's; without one as --raw), llama2, llama3, chatml, vicuna, FILE."""
     max_new_tokens: int = 256
     """Longest completion."""
     temperature: float = 0.0

@@ -117,6 +117,20 @@ def test_optimizer_tensors_are_filed_by_state_and_parameter_name(tmp_path: Path)
     )
 
 
+def test_files_are_aligned_for_every_reader(tmp_path: Path):
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    dtypes = (torch.uint8, torch.float32, torch.int8, torch.float64, torch.bool, torch.bfloat16, torch.int64)
+    optimizer.state[parameter] = {str(dtype): torch.ones(3, dtype=dtype) for dtype in dtypes}
+    save_training_state(tmp_path / "s", parameters={"w": parameter}, optimizer=optimizer, progress={})
+    content = (tmp_path / "s" / "optimizer.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    for name, entry in json.loads(content[8 : 8 + size]).items():
+        assert (8 + size + entry["data_offsets"][0]) % optimizer.state[parameter][name[:-2]].itemsize == 0, name
+    stored = load_file(tmp_path / "s" / "optimizer.safetensors")
+    assert all(stored[f"{dtype}:w"].dtype == dtype and stored[f"{dtype}:w"].sum() == 3 for dtype in dtypes)
+
+
 def test_progress_returns_as_it_was(tmp_path: Path):
     model = make_model(0)
     optimizer = make_optimizer("SGD", model)
@@ -124,7 +138,7 @@ def test_progress_returns_as_it_was(tmp_path: Path):
     arguments = dict(parameters=dict(model.named_parameters()), optimizer=optimizer)
     save_training_state(tmp_path / "s", **arguments, progress=progress | {"data": Path("a/b.jsonl")})
     assert load_training_state(tmp_path / "s", **arguments) == progress | {"data": "a/b.jsonl"}
-    json.loads((tmp_path / "s" / "state.json").read_text(), parse_constant=pytest.fail)
+    json.loads((tmp_path / "s" / "state.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
     with pytest.raises(ValueError, match="progress/callback: a function"):
         save_training_state(tmp_path / "t", **arguments, progress={"callback": make_model})
     assert not (tmp_path / "t").exists()
@@ -261,7 +275,18 @@ def test_damaged_files_give_a_clear_error(name: str, damage: str, tmp_path: Path
     assert str(tmp_path / "s") in str(error.value)
 
 
-@pytest.mark.parametrize("class_name", ["subprocess.Popen", "torch._C.Generator", "torchao.absent.Tensor"])
+class Stranger(torch.Tensor):
+    """What a crafted state.json might name: importable, a tensor, and with code to run."""
+
+    @classmethod
+    def __tensor_unflatten__(cls, *_):
+        pytest.fail("a stranger's class was used")
+
+
+STRANGERS = (f"{__name__}.Stranger", "subprocess.Popen", "torchao.absent.Tensor")
+
+
+@pytest.mark.parametrize("class_name", STRANGERS)
 def test_a_strangers_classes_are_refused(class_name: str, tmp_path: Path):
     save_one(tmp_path / "s")
     description = json.loads((tmp_path / "s" / "state.json").read_text())

@@ -1,10 +1,13 @@
 import json
+import os
 from datetime import datetime
+from pathlib import Path
 
 import jinja2
 import pytest
 
 from data.chat_templates import TEMPLATES, ChatTemplate, load_chat_template
+from data.tokenizers import load_tokenizer
 from tests.data.published_templates import CHATML, GENERATION, LLAMA2, LLAMA3, MISTRAL, PUBLISHED, QWEN3, VICUNA, ZEPHYR
 from tests.data.tiny_tokenizer import TinyTokenizer
 
@@ -285,11 +288,37 @@ def test_where_a_template_is_found(tmp_path):
         load_chat_template(base, tokenizer, "alpaca")
 
 
+def test_tokens_that_the_files_leave_out(tmp_path):
+    shows = "{{ bos_token }}|{{ eos_token }}|{{ unk_token is defined }}"
+    write_config(tmp_path / "llama", tokenizer_class="LlamaTokenizer", chat_template=shows, unk_token="<unk>")
+    write_config(tmp_path / "general", tokenizer_class="TokenizersBackend", chat_template=shows, eos_token="</s>")
+    found = [load_chat_template(tmp_path / name, TinyTokenizer()).render([]) for name in ("llama", "general")]
+    assert found == ["<s>|</s>|True", "|</s>|False"]
+
+
 def test_auto_picks_by_special_tokens(tmp_path):
     tokenizer = TinyTokenizer()
     assert load_chat_template(tmp_path, tokenizer).name == "llama3"
-    for dropped, name in (("<|start_header_id|>", "chatml"), ("<|im_start|>", "llama2"), ("<s>", None)):
-        del tokenizer.special_tokens[dropped]
-        found = load_chat_template(tmp_path, tokenizer)
-        assert (found and found.name) == name
+    del tokenizer.special_tokens["<|start_header_id|>"]
+    assert load_chat_template(tmp_path, tokenizer).name == "chatml"
+    del tokenizer.special_tokens["<|im_start|>"]
+    assert load_chat_template(tmp_path, tokenizer).name == "llama2"
+    tokenizer.bos_id = tokenizer.special_tokens["<|begin_of_text|>"]
+    assert load_chat_template(tmp_path, tokenizer) is None
     assert set(TEMPLATES) == set(HAND_WRITTEN)
+
+
+REAL = os.environ.get("HANDTUNE_TEST_DATA")
+
+
+@pytest.mark.skipif(not REAL, reason="HANDTUNE_TEST_DATA is not set: no real tokenizers")
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_real_tokenizers_have_their_format(name):
+    tokenizer = load_tokenizer(Path(REAL, "tokenizers", name))
+    template = load_chat_template(Path(REAL, "tokenizers", name), tokenizer)
+    rendered = template.render_with_targets(CHATS["two turns"])
+    assert (template.name, rendered.unended) == (name, 0)
+    ids = tokenizer.encode(rendered.text)
+    assert ids[0] == tokenizer.bos_id
+    assert ids.count(tokenizer.bos_id) == {"llama2": 2, "llama3": 1}[name]  # one for each turn, as Meta trained it
+    assert pieces(rendered)[1::2] == [{"llama2": "</s>", "llama3": "<|eot_id|>"}[name]] * 2

@@ -1,12 +1,15 @@
 import json
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
-from data.chat_templates import ChatTemplate
+from data.chat_templates import ChatTemplate, load_chat_template
 from data.dataset import IGNORE_INDEX, load_dataset
 from data.rows import encode_row
+from data.tokenizers import load_tokenizer
 from tests.data.published_templates import CHATML
 from tests.data.tiny_tokenizer import TinyTokenizer
 
@@ -150,3 +153,36 @@ def test_fingerprint_depends_on_tokens_targets_and_borders(tmp_path):
     assert whole.input_ids.equal(half.input_ids) and whole.targets.equal(half.targets)
     assert whole.fingerprint != half.fingerprint
     assert len({same, *(other.fingerprint for other in others)}) == 6
+
+
+REAL = os.environ.get("HANDTUNE_TEST_DATA")
+
+
+@pytest.mark.skipif(not REAL, reason="HANDTUNE_TEST_DATA is not set: no real tokenizers, no GSM8K")
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_gsm8k(tmp_path, name):
+    """Real rows through real tokenizers: what is trained spells out the answers, in every format."""
+    tokenizer = load_tokenizer(Path(REAL, "tokenizers", name))
+    template = load_chat_template(Path(REAL, "tokenizers", name), tokenizer)
+    gsm8k = Path(REAL, "gsm8k", "test.jsonl")
+    answers = [json.loads(line) for line in gsm8k.read_text().splitlines()][:200]
+    messages = [
+        {"messages": [{"role": "user", "content": a["question"]}, {"role": "assistant", "content": a["answer"]}]}
+        for a in answers
+    ]
+    (tmp_path / "chat.json").write_text(json.dumps(messages, indent=1))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    options = {"seq_len": None, "prompt_field": "question", "completion_field": "answer", "progress": False}
+    pairs = load_dataset(tmp_path / "pairs.jsonl", tokenizer, None, **options)
+    chats = load_dataset(tmp_path / "chat.json", tokenizer, template, seq_len=None, progress=False)
+    end_of_turn = {"llama2": "</s>", "llama3": "<|eot_id|>"}[name]
+    end_of_text = {"llama2": "</s>", "llama3": "<|end_of_text|>"}[name]
+    for dataset, end in ((pairs, end_of_text), (chats, end_of_turn)):
+        assert len(dataset) == 200 and len(dataset.report.lines()) == 1
+        for (input_ids, targets), answer in zip(dataset, answers, strict=True):
+            trained = targets[targets != IGNORE_INDEX].tolist()
+            assert tokenizer.decode(trained, skip_special_tokens=False) == answer["answer"].strip() + end
+            assert input_ids[0] == tokenizer.bos_id and (input_ids == tokenizer.bos_id).sum() == 1
+            # One run of targets, but for the space that Llama 2's chat format puts before its end of turn.
+            first, *_, last = (targets != IGNORE_INDEX).nonzero().flatten().tolist()
+            assert last + 1 - first - len(trained) == (dataset is chats and name == "llama2")

@@ -51,6 +51,13 @@ class TinyTokenizer:
     def encode(self, text):
         return train().encode(text, add_special_tokens=False).ids
 
+    def encode_prompt(self, text):
+        ids = self.encode(text)
+        return ids if not self.adds_bos or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def token_of(self, token_id):
+        return train().id_to_token(token_id) if token_id is not None else None
+
     def encode_with_spans(self, text):
         encoding = train().encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets

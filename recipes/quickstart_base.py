@@ -1,0 +1,294 @@
+"""Make recipes/assets/quickstart_base, the small Llama that recipes/quickstart.py teaches.
+
+    pip install -e ".[test]" && python recipes/quickstart_base.py
+
+Writes stories, notes and exercises with the words of the quickstart (never its orders, nor its JSON), trains a
+byte-level BPE on them, runs recipes/pretrain.py and keeps the result in bfloat16. This took MINUTES.
+"""
+
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+
+import torch
+import tyro
+
+from checkpointing.atomic import atomic_folder, atomic_write_text, make_folder
+from checkpointing.export import save_model
+from checkpointing.pretrained import WeightFiles, load_weights, read_config
+from checkpointing.run_folder import clear_errors
+from models import build_model
+from recipes import pretrain
+from recipes.quickstart import BASE, CITIES, COLORS, DAYS, ITEMS, NAMES, NUMBERS
+
+BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.05,
+}
+
+
+@dataclass
+class Config:
+    work: Path = Path("runs/quickstart_base")
+    """Folder for the corpus and the pretraining run."""
+    output: Path = BASE
+    """Where the finished checkpoint goes."""
+    documents: int = 60_000
+    """Texts to write."""
+    epochs: int = 2
+    """Passes over them."""
+    seed: int = 0
+    """Seed of the texts and of the training."""
+
+
+def main(cfg: Config) -> None:
+    rng = Random(cfg.seed)
+    texts = [document(rng) for _ in range(cfg.documents)]
+    start = cfg.work / "start"
+    make_folder(start)
+    atomic_write_text(cfg.work / "corpus.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_tokenizer(start, texts)
+    pretrain.main(
+        pretrain.Config(
+            model=str(start),
+            data=cfg.work / "corpus.jsonl",
+            output=cfg.work / "run",
+            seq_len=256,
+            batch_size=8,
+            epochs=cfg.epochs,
+            lr=3e-3,
+            warmup_steps=100,
+            activations="none",
+            device="cpu",
+            save_every=1000,
+            seed=cfg.seed,
+        )
+    )
+    folder = cfg.work / "run" / "model"
+    config = read_config(folder)
+    model = build_model(config)
+    load_weights(model, WeightFiles(folder), device=torch.device("cpu"), dtype=torch.bfloat16)
+    with atomic_folder(cfg.output) as target:
+        save_model(target, model, config=config, source=folder)
+
+
+def write_tokenizer(folder: Path, texts: list[str]) -> None:
+    """tokenizer.json, tokenizer_config.json and the model's configuration with the tokenizer's ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # extra: test
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=MODEL["vocab_size"],
+        special_tokens=[BEGIN, END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    begin, end, pad = (tokenizer.token_to_id(token) for token in (BEGIN, END, PAD))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, begin)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad}
+    names = {"bos_token": BEGIN, "eos_token": END, "pad_token": PAD}
+    settings = {
+        "config.json": MODEL | ids,
+        "generation_config.json": ids,
+        "tokenizer_config.json": names
+        | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": MODEL["max_position_embeddings"],
+        },
+    }
+    for name, content in settings.items():
+        atomic_write_text(folder / name, json.dumps(content, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The texts. Each kind exercises something that a model of real text has long learnt: to keep apart who has what, to
+# find it again when asked, to say a number or a day in another way, to repeat.
+
+
+@dataclass
+class Person:
+    name: str
+    city: str
+    item: str
+    color: str
+    count: int
+    day: str
+
+    @property
+    def things(self) -> str:
+        """three red lamps, or 3 red lamps"""
+        return f"{self.color} {self.item}s"
+
+    @property
+    def number(self) -> str:
+        return NUMBERS[self.count - 2]
+
+
+def people(rng: Random, count: int) -> list[Person]:
+    """Different names, cities, things, colours, numbers and days."""
+    words = [rng.sample(list(source), count) for source in (NAMES, CITIES, ITEMS, COLORS, range(2, 13), DAYS)]
+    return [Person(*fields) for fields in zip(*words, strict=True)]
+
+
+def document(rng: Random) -> str:
+    return rng.choices(list(KINDS), weights=KINDS.values())[0](rng)
+
+
+STORY = (
+    "{name} lives in {city}.",
+    "{name} has {number} {color} {item}s.",
+    "On {day} {name} bought {number} {item}s. They are {color}.",
+    "{name} met a friend in {city} on {day}.",
+    "There are {number} {color} {item}s at the house of {name}.",
+    "Every {day} {name} travels to {city}.",
+    "{name} went to the market in {city} and saw {number} {color} {item}s.",
+    "It was {day}. {name} lost one {color} {item} and found {number} others.",
+    "The {item}s of {name} are {color}. {name} keeps {number} of them in {city}.",
+    "In {city} the shops open on {day}, so {name} went there for {number} {item}s.",
+    "{name} painted {number} {item}s {color} and gave them away on {day}.",
+)
+
+
+def story(rng: Random) -> str:
+    """Two people, a few sentences about each."""
+    lines = [
+        line.format(**vars(person), number=person.number)
+        for person in people(rng, rng.choice((1, 2)))
+        for line in rng.sample(STORY, rng.choice((1, 2, 2, 3)))
+    ]
+    return " ".join(lines)
+
+
+TELLING = (
+    "{name} lives in {city} and has {number} {color} {item}s since {day}.",
+    "On {day} {name} took the train to {city} with {number} {color} {item}s.",
+    "In {city}, {name} sold {number} {item}s on {day}; all of them were {color}.",
+    "The {number} {color} {item}s that {name} found in {city} were gone on {day}.",
+    "{color}, that is how {name} likes the {number} {item}s bought on {day} in {city}.",
+    "It rained in {city} on {day} and the {number} {item}s of {name} got wet, the {color} ones.",
+)
+QUESTIONS: tuple[tuple[str, Callable[[Person], object]], ...] = (
+    ("Who is it about?", lambda p: p.name),
+    ("Where was it?", lambda p: p.city),
+    ("Where is {name}?", lambda p: p.city),
+    ("What did {name} have?", lambda p: f"{p.number} {p.item}s"),
+    ("What is one of them?", lambda p: f"one {p.item}"),
+    ("Which color have the {item}s?", lambda p: p.color),
+    ("How many {item}s?", lambda p: p.count),
+    ("How many, in a word?", lambda p: p.number),
+    ("When?", lambda p: p.day),
+    ("When, in short?", lambda p: p.day[:3]),
+)
+
+
+def questions(rng: Random) -> str:
+    """A sentence, and questions whose answers stand in it."""
+    (person,) = people(rng, 1)
+    fields = vars(person) | {"number": person.number}
+    asked = [
+        f"Q: {question.format(**fields)} A: {reply(person)}" for question, reply in rng.sample(QUESTIONS, 4)
+    ]
+    return "\n".join([capital(rng.choice(TELLING).format(**fields)), *asked])
+
+
+def note(rng: Random) -> str:
+    """A sentence, and some of it as a record, in one of many notations."""
+    (person,) = people(rng, 1)
+    pairs = [
+        (rng.choice(("who", "person", "owner")), person.name),
+        (rng.choice(("where", "place", "town")), person.city),
+        (rng.choice(("what", "thing", "object")), person.item),
+        (rng.choice(("hue", "paint", "look")), person.color),
+        (rng.choice(("number", "pieces", "total")), person.count),
+        (rng.choice(("when", "date", "weekday")), person.day[:3]),
+    ]
+    pairs = rng.sample(pairs, rng.choice((2, 3, 4, 5)))
+    notation = rng.choice(("json", "lines", "list", "short", "tag"))
+    if notation == "json":
+        record = json.dumps(dict(pairs))
+    elif notation == "list":
+        record = json.dumps([value for _, value in pairs])
+    elif notation == "lines":
+        record = "\n".join(f"{key}: {value}" for key, value in pairs)
+    elif notation == "short":
+        record = " / ".join(f"{key}={value}" for key, value in pairs)
+    else:
+        record = "".join(f"<{key}>{value}</{key}>" for key, value in pairs)
+    keys = ", ".join(key for key, _ in pairs)
+    telling = capital(rng.choice(TELLING).format(**vars(person), number=person.number))
+    return f"{telling}\nNote ({notation}: {keys})\n{record}"
+
+
+def drill(rng: Random) -> str:
+    """Numbers, days and plurals in several spellings."""
+    (p,) = people(rng, 1)
+    return rng.choice(
+        (
+            f"one {p.item}, {p.number} {p.item}s. {p.count} {p.item}s.",
+            f"{p.number} is {p.count}, {p.count} is {p.number}.",
+            f"{p.day[:3]} is {p.day}, {p.day} is {p.day[:3]}.",
+            f'"{p.item}s" are many, "{p.item}" is one.',
+            f'"{p.number}" means "{p.count}", "{p.day}" means "{p.day[:3]}".',
+        )
+    )
+
+
+WORDS = (
+    [*NAMES, *CITIES],
+    [*ITEMS, *(f"{item}s" for item in ITEMS)],
+    [*COLORS, *NUMBERS, *DAYS, *(day[:3] for day in DAYS), *map(str, range(2, 13))],
+    """about address ask be before bought brought bring by can city color count date day deliver delivered find for from
+    get give go he her here him his home how I if in is item it less many more must name need no note now of on or
+    order ordered other our please send she ship so some street take thanks that the their them then there they this to
+    us want wants was we were what when where which who will with would yes you your Hi Please Can By Thanks""".split(),
+)
+
+
+def copying(rng: Random) -> str:
+    """A list of words, said again."""
+    words = [rng.choice(rng.choice(WORDS)) for _ in range(rng.randint(2, 8))]
+    before, between, after = rng.choice((("", " ", ""), ('"', '", "', '"'), ("[", "|", "]"), ("(", ", ", ")")))
+    text = before + between.join(words) + after
+    return f"{text}\nagain: {text}" if rng.random() < 0.7 else f"{text}\nbackwards: {between.join(words[::-1])}"
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+KINDS: dict[Callable[[Random], str], float] = {story: 3, questions: 3, note: 4, drill: 1, copying: 2}
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main(tyro.cli(Config))

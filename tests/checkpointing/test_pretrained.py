@@ -1,0 +1,142 @@
+"""Weights in and out: strictness, dtypes, shards, the Hub."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpointing import export
+from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
+from models import build_model
+from modules.nf4 import dequantize_nf4, is_nf4, quantize_nf4, quantize_nf4_tensor
+from tests.tiny import make_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def load(folder, dtype=torch.float32, nf4=False):
+    model = build_model(read_config(folder))
+    if nf4:
+        quantize_nf4(model)
+    load_weights(model, WeightFiles(folder), device=CPU, dtype=dtype)
+    return model
+
+
+def test_round_trip_is_bit_identical(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "base", tie_word_embeddings=True)
+    for shard_bytes in (10**9, 20_000):
+        monkeypatch.setattr(export, "SHARD_BYTES", shard_bytes)
+        out = tmp_path / str(shard_bytes)
+        out.mkdir()
+        export.save_model(out, load(tmp_path / "base"), config=read_config(tmp_path / "base"), source=tmp_path / "base")
+        written = {k: v for file in out.glob("*.safetensors") for k, v in load_file(file).items()}
+        original = load_file(tmp_path / "base/model.safetensors")
+        assert written.keys() == original.keys()
+        assert all(torch.equal(written[k], original[k]) for k in original)
+        assert (len(list(out.glob("*.safetensors"))) > 1) == (shard_bytes == 20_000)
+        load(out)
+
+
+def test_cast_and_quantised_on_the_way(tmp_path):
+    reference = make_checkpoint(tmp_path)
+    half = load(tmp_path, torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+    quantised = load(tmp_path, nf4=True)
+    for name, p in quantised.named_parameters():
+        dense = reference.get_parameter(name)
+        if is_nf4(p):
+            assert not p.requires_grad
+            assert torch.equal(dequantize_nf4(p), dequantize_nf4(quantize_nf4_tensor(dense)))
+        else:
+            assert torch.equal(p, dense)
+    names = {name for name, p in quantised.named_parameters() if is_nf4(p)}
+    assert len(names) == 14 and "lm_head.weight" not in names
+
+
+def test_one_error_lists_everything(tmp_path):
+    make_checkpoint(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.norm.weight"]
+    tensors["extra.weight"] = torch.zeros(1)
+    tensors["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(4, 4)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)  # old exports have it: no error
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        load(tmp_path)
+    message = str(error.value)
+    for part in ["2 missing: model.layers.0.mlp.up_proj.weight, model.norm.weight", "extra.weight", "(4, 4)"]:
+        assert (
+            part in message
+            or part.replace(
+                "model.layers.0.mlp.up_proj.weight, model.norm.weight",
+                "model.norm.weight, model.layers.0.mlp.up_proj.weight",
+            )
+            in message
+        )
+    assert "inv_freq" not in message
+
+
+def test_a_tied_head_on_disk_is_accepted(tmp_path):
+    reference = make_checkpoint(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = load(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, reference.lm_head.weight)
+
+
+def test_pickles_quantised_checkpoints_and_missing_shards_are_refused(tmp_path):
+    make_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match="gptq"):
+        read_config(tmp_path)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="model-00001-of-00002.safetensors"):
+        WeightFiles(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickled"):
+        WeightFiles(tmp_path)
+
+
+def test_fingerprint_changes_with_the_weights(tmp_path):
+    make_checkpoint(tmp_path / "a")
+    make_checkpoint(tmp_path / "b")
+    make_checkpoint(tmp_path / "c", seed=1)
+    a, b, c = (WeightFiles(tmp_path / name).fingerprint() for name in "abc")
+    assert a == b != c
+
+
+def test_hub_ids_are_downloaded(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "repo")
+    asked = {}
+
+    def download(repo, *, revision, allow_patterns):
+        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
+        return str(tmp_path / "repo")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_checkpoint("org/model@v2") == tmp_path / "repo"
+    assert asked["repo"] == "org/model" and asked["revision"] == "v2"
+    assert not any("bin" in pattern for pattern in asked["patterns"])
+    load(find_checkpoint("org/model"))
+
+
+def test_hub_errors_are_one_line(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+
+    def download(*_, **__):
+        raise OSError("We couldn't connect\nto the Hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ValueError, match="org/model.*We couldn't connect$"):
+        find_checkpoint("org/model")
+    for name in ("./nowhere", "nowhere", "/no/where"):
+        with pytest.raises(ValueError, match="does not exist"):
+            find_checkpoint(name)
+    with pytest.raises(ValueError, match="is a file"):
+        find_checkpoint(__file__)

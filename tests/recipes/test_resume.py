@@ -1,0 +1,134 @@
+"""A run that dies goes on as if nothing had happened: SIGKILL at any step, then --resume, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from recipes import lora_finetune
+from tests.tiny import ROOT, losses, make_checkpoint, read_metrics, run_recipe, sums, write_rows
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    make_checkpoint(folder / "base")
+    write_rows(folder / "rows.jsonl", sums(50))
+    return folder
+
+
+def arguments(base, output, *extra):
+    return [
+        *("--model", base / "base", "--data", base / "rows.jsonl", "--eval-data", base / "rows.jsonl"),
+        *("--output", output, "--device", "cpu", "--epochs", "3", "--batch-size", "2", "--grad-accum", "2"),
+        *("--lr", "3e-3", "--save-every", "3", "--eval-every", "10", "--seq-len", "64", *extra),
+    ]
+
+
+LORA = ("--rank", "4", "--dropout", "0.1")
+VARIANTS = {
+    "lora, shuffled and packed": ("lora_finetune", (*LORA, "--packing")),
+    "lora, in file order": ("lora_finetune", (*LORA, "--no-shuffle", "--no-packing")),
+    "qlora": ("lora_finetune", (*LORA, "--quantize", "nf4")),
+    "full": ("full_finetune", ("--packing",)),
+    "pretrain": ("pretrain", ()),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_and_resumed_equals_uninterrupted(base, tmp_path, variant):
+    recipe, extra = VARIANTS[variant]
+    run_recipe(recipe, *arguments(base, tmp_path / "whole", *extra))
+    expected = losses(tmp_path / "whole")
+    assert len(expected) > 12
+    command = [sys.executable, ROOT / f"recipes/{recipe}.py", *arguments(base, tmp_path / "killed", *extra), "--resume"]
+    metrics = tmp_path / "killed/metrics.jsonl"
+    for rows in (2, 8):  # before the first checkpoint, and in the middle of an epoch
+        process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("grad_norm") < rows):
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run_recipe(recipe, *arguments(base, tmp_path / "killed", *extra), "--resume")
+    assert losses(tmp_path / "killed") == expected  # bit for bit
+    keep = ("step", "loss", "lr", "grad_norm", "tokens", "eval_loss")
+    whole, killed = (
+        [{k: v for k, v in row.items() if k in keep} for row in read_metrics(tmp_path / name)]
+        for name in ("whole", "killed")
+    )
+    assert killed == whole
+    result = "adapter/adapter_model.safetensors" if recipe == "lora_finetune" else "model/model.safetensors"
+    assert (tmp_path / "killed" / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
+    again = run_recipe(recipe, *arguments(base, tmp_path / "killed", *extra), "--resume")
+    assert "finished" in again.stderr and losses(tmp_path / "killed") == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves(base, tmp_path, number):
+    command = [sys.executable, ROOT / "recipes/lora_finetune.py", *arguments(base, tmp_path / "run", *LORA)]
+    command = [str(c) for c in [*command, "--save-every", "1000", "--epochs", "200"]]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert "--resume" in stderr
+    last = losses(tmp_path / "run")
+    assert (tmp_path / f"run/checkpoints/step-{len(last)}").is_dir()
+
+
+def config(base, output, **extra):
+    return lora_finetune.Config(
+        model=str(base / "base"),
+        data=base / "rows.jsonl",
+        output=output,
+        device="cpu",
+        rank=4,
+        max_steps=4,
+        save_every=2,
+        **extra,
+    )
+
+
+def test_another_run_is_not_overwritten(base, tmp_path):
+    lora_finetune.main(config(base, tmp_path / "run"))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="--resume"):
+        lora_finetune.main(config(base, tmp_path / "run"))
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_resume_without_a_checkpoint_starts_afresh(base, tmp_path):
+    lora_finetune.main(config(base, tmp_path / "a"))
+    lora_finetune.main(config(base, tmp_path / "b", resume=True))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_resume_with_other_settings_is_refused(base, tmp_path):
+    lora_finetune.main(config(base, tmp_path / "run", epochs=9))
+    (tmp_path / "run/adapter/adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="lr"):
+        lora_finetune.main(config(base, tmp_path / "run", epochs=9, resume=True, lr=0.1))
+
+
+def test_run_folder_holds_what_the_contract_says(base, tmp_path):
+    lora_finetune.main(config(base, tmp_path / "run", eval_data=base / "rows.jsonl", eval_every=2, keep_last=1))
+    run = tmp_path / "run"
+    rows = read_metrics(run)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    wanted = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_memory_gib", "seconds"}
+    assert all(wanted <= set(row) for row in steps)
+    assert [row["step"] for row in rows if "eval_loss" in row] == [2, 4]
+    assert (run / "recipe.py").read_text() == (ROOT / "recipes/lora_finetune.py").read_text()
+    assert (run / "loss.svg").read_text().startswith("<svg")
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-4"}
+    assert {p.name for p in (run / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
