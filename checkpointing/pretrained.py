@@ -52,7 +52,7 @@ def find_checkpoint(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", "*.safetensors", INDEX, *COMPANIONS]
+    patterns = ["config.json", "model*.safetensors", INDEX, *COMPANIONS]
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

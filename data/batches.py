@@ -115,6 +115,8 @@ class Batches:
         examples = [[self.dataset[i] for i in row] for row in rows]
         lengths = [[len(ids) for ids, _ in row] for row in examples]
         T = max(sum(row) for row in lengths)
+        if self.packing and self.pad_multiple > 1:
+            T = self.seq_len  # packs are nearly full anyway
         T = -(-T // self.pad_multiple) * self.pad_multiple
         input_ids = torch.full((len(rows), T), self.pad_id, dtype=torch.long)
         targets = torch.full((len(rows), T), IGNORE_INDEX, dtype=torch.long)

@@ -11,6 +11,7 @@ Python's `re`, `regex` and `unicodedata` each have their own.
 
 import base64
 import json
+import math
 import re
 import unicodedata
 from itertools import groupby
@@ -185,52 +186,56 @@ def tiktoken_ranks(
 ) -> dict[bytes, int] | None:
     """Ranks with which tiktoken gives the ids of these merge rules for any text; None if there are none.
 
-    Token by token, best first: what two tokens do the better rules leave of its bytes? If that pair is on the list,
-    both join it. If it is not, only tiktoken would (None). If more than two are left, neither ever gets there; then
-    `tokenizers` finds it with `ignore_merges`, as a whole word, and tiktoken does so if the ranks hold it. What is
-    left of a stretch of bytes does not depend on its surroundings as long as nothing was joined across its ends.
+    Token by token, best first: which two tokens do the better rules leave of its bytes? What becomes of a stretch of
+    bytes does not depend on its surroundings as long as nothing is joined across its ends, so at most one pair can
+    ever meet. Is it on the list, both join it. A token that no pair makes is never met by merging: it is dropped, or
+    with `ignore_merges`, under which `tokenizers` looks up whole words, kept for tiktoken to look up.
     """
     ranks = {char: byte for char, byte in BYTE_OF.items() if char in vocab}
-    halves = {char: (char, char) for char in ranks}  # of each token that can be reached
-    unmet: set[str] = set()  # seen in a rule before it was made by one
+    halves = {char: (char, char) for char in ranks}  # the pair that makes each token
+    unmade: dict[str, list[tuple[str, str]]] = {}
 
-    def joins(left: str, right: str, limit: int) -> bool:
-        """Whether `left` and `right` stay apart, as they must, while the rules better than `limit` are applied."""
+    def meet(left: str, right: str, rank: float) -> bool:
+        """Whether nothing is joined across the border of `left` and `right` before the rule of this rank applies."""
         while True:
-            if ranks.get(left + right, limit) < limit:
+            if ranks.get(left + right, rank) < rank:
                 return False
-            # Undo whichever was made last; with equal tokens the right one was, because the leftmost pair goes first.
+            # Undo what was made last; of two equal tokens that is the right one, because the leftmost pair goes first.
             if len(right) == 1 or (len(left) > 1 and ranks[left] > ranks[right]):
                 if len(left) == 1:
                     return True
-                limit, left = ranks[left], halves[left][1]
+                rank, left = ranks[left], halves[left][1]
             else:
-                limit, right = ranks[right] + 1, halves[right][0]
-
-    def splits(token: str) -> list[tuple[str, str]]:
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
-        return [(left, right) for left, right in pairs if left in halves and right in halves]
+                rank, right = ranks[right] + 1, halves[right][0]
 
     for token, rules in groupby(enumerate(merges, start=256), key=lambda rule: "".join(rule[1])):
         (rank, first), *others = rules
-        listed = [first, *(pair for _, pair in others)]
-        if token in ranks or token in unmet:
+        pairs = [first, *(pair for _, pair in others)]
+        if token in ranks or token in unmade:
             return None
-        unmet.update(part for pair in listed for part in pair if part not in ranks)
-        made = [pair for pair in listed if pair[0] in halves and pair[1] in halves and joins(*pair, rank)]
-        if made:
-            ranks[token], halves[token] = rank, made[0]
-        elif any(joins(*pair, rank) for pair in splits(token)):
-            return None
-        elif ignore_merges:
-            ranks[token] = rank
+        made_by = [pair for pair in pairs if pair[0] in halves and pair[1] in halves and meet(*pair, rank)]
+        if made_by:
+            ranks[token], halves[token] = rank, made_by[0]
+        else:
+            unmade[token] = pairs
+            if ignore_merges:
+                ranks[token] = rank
 
     if ignore_merges:
-        end = 256 + len(merges)
-        for token in [t for t in vocab if t not in ranks and BYTE_OF.keys() >= set(t)]:
-            if any(joins(*pair, end) for pair in splits(token)):
-                return None
-            ranks[token] = end = end + 1
+        words = [token for token in vocab if token not in ranks and BYTE_OF.keys() >= set(token)]
+        ranks |= {token: rank for rank, token in enumerate(words, start=256 + len(merges))}
+        unmade = {t: [(t[:i], t[i:]) for i in range(1, len(t))] for t in [*unmade, *words]}
+    late = False  # can a token still be made once its own turn is over, by one pair of parts that were made later?
+    for token, pairs in unmade.items():
+        rank = ranks.get(token, math.inf)
+        met = [pair for pair in pairs if pair[0] in halves and pair[1] in halves and meet(*pair, rank)]
+        if len(met) > 1:
+            return None
+        late = late or bool(met)
+    if late:  # then what such a token meets is not known; it does not matter if every possible pair is on the list
+        possible = sum(t[:i] in vocab and t[i:] in vocab for t in vocab for i in range(1, len(t)))
+        if possible != len(set(merges)):
+            return None
     return {bytes([BYTE_OF[char] for char in token]): rank for token, rank in ranks.items()}
 
 

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from data.chat_templates import ChatTemplate
 from data.json_rows import read_rows
-from data.rows import IGNORE_INDEX, Encoded, encode_row
+from data.rows import Encoded, encode_row
 from data.tokenizers import Tokenizer
+from modules.loss import IGNORE_INDEX
 
 
 @dataclass
@@ -107,6 +108,14 @@ class TokenizedDataset:
             raise IndexError(f"example {i} of {len(self)}")
         start, end = self.offsets[i % len(self)].item(), self.offsets[i % len(self) + 1].item()
         return self.input_ids[start:end], self.targets[start:end]
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise ValueError if a token has no row in the model's embedding: tokenizer and weights do not belong together."""
+        if (largest := int(self.input_ids.max())) >= size:
+            raise ValueError(
+                f"{self.report.path} contains token id {largest}, but the model has {size} embeddings: "
+                "the tokenizer in its folder has more tokens than the model"
+            )
 
     @cached_property
     def lengths(self) -> list[int]:

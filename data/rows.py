@@ -19,8 +19,7 @@ from data.chat_targets import special_token_pattern
 from data.chat_templates import TRAIN_ON, ChatTemplate
 from data.json_rows import shown
 from data.tokenizers import Tokenizer
-
-IGNORE_INDEX = -100  # a target that is not trained
+from modules.loss import IGNORE_INDEX
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 SHAREGPT_ROLES = {

@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.nf4 import dequantize_nf4, is_nf4, linear
-
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer (dense or NF4) with a trained low-rank addition.
+    """A frozen linear layer (nn.Linear or a subclass of it, such as NF4Linear) with a trained low-rank addition.
 
     `weight` and `bias` keep their names, so the base checkpoint's keys still fit; the adapter adds `lora_A.weight` and
     `lora_B.weight`, PEFT's names. The adapter is float32 unless said otherwise and is cast to x's dtype where used.
@@ -28,6 +26,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
+        self.base_class = type(base)  # knows how to multiply by the frozen weight, in whatever form it is stored
         self.requires_grad_(False)
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device, dtype=dtype)
@@ -42,7 +41,7 @@ class LoRALinear(nn.Linear):
         return self.alpha / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight, self.bias)
+        y = self.base_class.forward(self, x)
         a = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))
         return y + F.linear(a, self.lora_B.weight.to(x.dtype)) * self.scaling
 
@@ -58,7 +57,8 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain layer with the same outputs: W + (α/r) · B A, added in float32 and rounded to W's dtype once."""
-        weight = dequantize_nf4(self.weight) if is_nf4(self.weight) else self.weight
+        dense = getattr(self.base_class, "dense_weight", None)
+        weight = dense(self) if dense else self.weight
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         layer.weight = nn.Parameter((weight.float() + self.delta()).to(weight.dtype), requires_grad=False)
         layer.bias = self.bias

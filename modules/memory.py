@@ -7,10 +7,9 @@ D model, N query heads, K key/value heads, H head dim, F feed-forward.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modules.loss import CHUNK_BYTES
-from modules.nf4 import storage_bytes
 
 
 def plan_memory(model: nn.Module, *, tokens: int, dtype: torch.dtype, checkpointed: bool) -> dict[str, int]:
@@ -33,3 +32,11 @@ def plan_memory(model: nn.Module, *, tokens: int, dtype: torch.dtype, checkpoint
 def describe_memory(plan: dict[str, int]) -> str:
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
     return f"memory: about {sum(plan.values()) / 2**30:.2f} GiB ({parts})"
+
+
+def storage_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes; of a tensor subclass (NF4, 8-bit states), its inner tensors'."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    names, _ = tensor.__tensor_flatten__()
+    return sum(storage_bytes(getattr(tensor, name)) for name in names)

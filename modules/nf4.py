@@ -17,7 +17,6 @@ import logging
 import os
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # NF4Tensor is plain Python: torchao's compiled kernels, and its warnings about those that do not load, are not needed.
@@ -111,14 +110,6 @@ class _FrozenNF4Linear(torch.autograd.Function):
         return (grad @ dequantize_nf4(ctx.weight, grad.dtype)) if ctx.needs_input_grad[0] else None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` for a dense or a frozen NF4 weight: [.., in] → [.., out]."""
-    if not isinstance(weight, NF4Tensor):
-        return F.linear(x, weight, bias)
-    y = _FrozenNF4Linear.apply(x, weight)
-    return y if bias is None else y + bias.to(y.dtype)
-
-
 class NF4Linear(nn.Linear):
     """A linear layer whose frozen weight is stored in NF4. Its parameter keeps the dense layer's name."""
 
@@ -136,8 +127,12 @@ class NF4Linear(nn.Linear):
         """How a checkpoint's dense weight is stored in this layer (`load_weights` asks every module for this)."""
         return quantize_nf4_tensor(dense)
 
+    def dense_weight(self) -> Tensor:
+        return dequantize_nf4(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        y = _FrozenNF4Linear.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 def quantize_nf4(model: nn.Module) -> list[str]:
@@ -154,18 +149,6 @@ def quantize_nf4(model: nn.Module) -> list[str]:
                 setattr(block.get_submodule(parent), leaf, NF4Linear.from_linear(layer))
                 names.append(f"{prefix}.{name}")
     return names
-
-
-def is_nf4(tensor: Tensor) -> bool:
-    return isinstance(tensor, NF4Tensor)
-
-
-def storage_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor's storage takes, the inner tensors of an NF4 weight included."""
-    if not is_nf4(tensor):
-        return tensor.numel() * tensor.element_size()
-    names, _ = tensor.__tensor_flatten__()
-    return sum(storage_bytes(getattr(tensor, name)) for name in names)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

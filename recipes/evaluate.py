@@ -28,7 +28,6 @@ from data.tokenizers import load_tokenizer
 from models import build_model
 from modules.device import pick_device, pick_dtype
 from modules.evaluation import evaluate_loss
-from modules.nf4 import quantize_nf4
 
 
 @dataclass
@@ -72,6 +71,7 @@ def main(cfg: Config) -> None:
         prompt_field=cfg.prompt_field,
         completion_field=cfg.completion_field,
     )
+    dataset.check_vocabulary(model.config.vocab_size)
     for line in dataset.report.lines():
         print(line, file=sys.stderr)
     if (longest := int(max(dataset.lengths))) > model.config.max_length:
@@ -79,6 +79,8 @@ def main(cfg: Config) -> None:
             f"{cfg.data} has a row of {longest} tokens; this model takes {model.config.max_length} at most"
         )
     if cfg.quantize == "nf4":
+        from modules.nf4 import quantize_nf4  # torchao takes seconds to import
+
         quantize_nf4(model)
     load_weights(model, WeightFiles(folder), device=device, dtype=dtype)
     if cfg.adapter:

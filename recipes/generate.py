@@ -25,7 +25,6 @@ from data.tokenizers import load_tokenizer
 from models import build_model
 from modules.device import pick_device, pick_dtype
 from modules.generation import generate
-from modules.nf4 import quantize_nf4
 
 
 @dataclass
@@ -65,6 +64,8 @@ def main(cfg: Config) -> None:
     tokenizer = load_tokenizer(folder)
     template = None if cfg.raw else load_chat_template(folder, tokenizer, cfg.chat_format, extra_folder=cfg.adapter)
     if cfg.quantize == "nf4":
+        from modules.nf4 import quantize_nf4  # torchao takes seconds to import
+
         quantize_nf4(model)
     load_weights(model, WeightFiles(folder), device=device, dtype=pick_dtype(cfg.dtype, device))
     if cfg.adapter:

@@ -110,7 +110,7 @@ class Config:
     eval_every: int | None = None
     """Evaluate every this many steps; default: at the end only."""
     save_every: int = 500
-    """Save a resumable checkpoint every this many steps."""
+    """Save a resumable checkpoint every this many steps, and at the end; 0: only when interrupted."""
     keep_last: int = 2
     """How many of those checkpoints to keep."""
     resume: bool = False
@@ -145,7 +145,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     model = build_model(config)  # on the meta device: shapes only
     seq_len = fit_seq_len(cfg.seq_len, model.config.max_length)
     tokenizer = load_tokenizer(folder)
-    template = load_chat_template(folder, tokenizer, cfg.chat_format)
+    template = load_chat_template(folder, tokenizer, cfg.chat_format, now=run.started)
     rows = dict(
         seq_len=seq_len,
         train_on=cfg.train_on,
@@ -156,9 +156,12 @@ def train(cfg: Config, run: RunFolder) -> None:
     )
     dataset = load_dataset(cfg.data, tokenizer, template, **rows)
     eval_dataset = load_dataset(cfg.eval_data, tokenizer, template, **rows) if cfg.eval_data else None
-    for line in dataset.report.lines():
-        say(line)
-    padding = dict(pad_id=tokenizer.pad_id or 0, pad_multiple=64 if device.type == "cuda" else 1)
+    for loaded in filter(None, (dataset, eval_dataset)):
+        loaded.check_vocabulary(model.config.vocab_size)
+        for line in loaded.report.lines():
+            say(line)
+    # Few different lengths on CUDA, where each one may cost a compilation.
+    padding = dict(pad_id=tokenizer.pad_id or 0, pad_multiple=1 if device.type == "cpu" else 64)
     batches = Batches(
         dataset,
         batch_size=cfg.batch_size,
@@ -214,12 +217,14 @@ def train(cfg: Config, run: RunFolder) -> None:
         run.check_resumable(progress.pop("config"), identity, progress.pop("identity"))
         say(f"resuming after step {progress['step']}")
     run.cut_metrics(progress["step"])
+    run.prune(cfg.keep_last)
 
     def save_checkpoint() -> None:
         state = progress | {"config": asdict(cfg), "identity": identity}
         path = run.checkpoints / f"step-{progress['step']}"
         save_training_state(path, parameters=trainable, optimizer=optimizer, progress=state, scaler=scaler)
         run.prune(cfg.keep_last)
+        run.draw()
 
     chat_template = template.source if dataset.report.chat_rows else None
 
@@ -285,7 +290,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         )
         if eval_batches and cfg.eval_every and progress["step"] % cfg.eval_every == 0:
             evaluate()
-        if progress["step"] % cfg.save_every == 0:
+        if cfg.save_every and progress["step"] % cfg.save_every == 0:
             save_checkpoint()
     bar.close()
 
@@ -297,6 +302,8 @@ def train(cfg: Config, run: RunFolder) -> None:
         return
     if eval_batches and not (cfg.eval_every and total_steps and total_steps % cfg.eval_every == 0):
         evaluate()
+    if cfg.save_every and total_steps and total_steps % cfg.save_every:
+        save_checkpoint()  # so that --resume can go on with more --max-steps or --epochs
     save_result()
     run.finish()
     say(f"peak memory {peak_memory_gib(device):.2f} GiB; model in {run.model}")

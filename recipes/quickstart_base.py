@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modu
 import torch
 import tyro
 
-from checkpointing.atomic import atomic_folder, atomic_write_text, make_folder
+from checkpointing.atomic import atomic_folder, atomic_write_text, discard, make_folder
 from checkpointing.export import save_model
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from checkpointing.run_folder import clear_errors
@@ -66,6 +66,8 @@ def main(cfg: Config) -> None:
     texts = [document(rng) for _ in range(cfg.documents)]
     start = cfg.work / "start"
     make_folder(start)
+    if (cfg.work / "corpus.jsonl").exists():
+        discard(cfg.work / "run")  # an earlier one of ours
     atomic_write_text(cfg.work / "corpus.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
     write_tokenizer(start, texts)
     pretrain.main(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from checkpointing import export
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from models import build_model
-from modules.nf4 import dequantize_nf4, is_nf4, quantize_nf4, quantize_nf4_tensor
+from modules.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4, quantize_nf4_tensor
 from tests.tiny import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -45,12 +45,12 @@ def test_cast_and_quantised_on_the_way(tmp_path):
     quantised = load(tmp_path, nf4=True)
     for name, p in quantised.named_parameters():
         dense = reference.get_parameter(name)
-        if is_nf4(p):
+        if isinstance(p, NF4Tensor):
             assert not p.requires_grad
             assert torch.equal(dequantize_nf4(p), dequantize_nf4(quantize_nf4_tensor(dense)))
         else:
             assert torch.equal(p, dense)
-    names = {name for name, p in quantised.named_parameters() if is_nf4(p)}
+    names = {name for name, p in quantised.named_parameters() if isinstance(p, NF4Tensor)}
     assert len(names) == 14 and "lm_head.weight" not in names
 
 

@@ -5,14 +5,8 @@ import torch
 from torch import nn
 from torchao.quantization import to_nf4
 
-from modules.nf4 import (
-    NF4Linear,
-    dequantize_nf4,
-    is_nf4,
-    linear,
-    quantize_nf4_tensor,
-    storage_bytes,
-)
+from modules.memory import storage_bytes
+from modules.nf4 import NF4Linear, NF4Tensor, dequantize_nf4, quantize_nf4_tensor
 
 
 @pytest.mark.parametrize("shape", [(256, 512), (128, 128), (64, 1024)])
@@ -62,7 +56,7 @@ def test_linear_equals_the_dense_layer_and_keeps_no_dense_weight():
     torch.manual_seed(0)
     dense = nn.Linear(128, 96)
     layer = NF4Linear.from_linear(dense)
-    assert is_nf4(layer.weight) and not any(p.requires_grad for p in layer.parameters())
+    assert isinstance(layer.weight, NF4Tensor) and not any(p.requires_grad for p in layer.parameters())
     x = torch.randn(5, 128, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
@@ -77,9 +71,9 @@ def test_linear_equals_the_dense_layer_and_keeps_no_dense_weight():
 
 
 def test_gradcheck():
-    weight = quantize_nf4_tensor(torch.randn(8, 16, dtype=torch.float64))
+    layer = NF4Linear.from_linear(nn.Linear(16, 8, dtype=torch.float64))
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: linear(x, weight), (x,))
+    assert torch.autograd.gradcheck(layer, (x,))
 
 
 def test_bfloat16_weights_round_once():

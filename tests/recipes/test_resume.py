@@ -1,16 +1,13 @@
 """A run that dies goes on as if nothing had happened: SIGKILL at any step, then --resume, bit for bit."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from recipes import lora_finetune
-from tests.tiny import ROOT, losses, make_checkpoint, read_metrics, run_recipe, sums, write_rows
+from tests.tiny import ROOT, losses, make_checkpoint, read_metrics, run_recipe, start_recipe, sums, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +42,9 @@ def test_killed_and_resumed_equals_uninterrupted(base, tmp_path, variant):
     run_recipe(recipe, *arguments(base, tmp_path / "whole", *extra))
     expected = losses(tmp_path / "whole")
     assert len(expected) > 12
-    command = [sys.executable, ROOT / f"recipes/{recipe}.py", *arguments(base, tmp_path / "killed", *extra), "--resume"]
     metrics = tmp_path / "killed/metrics.jsonl"
     for rows in (2, 8):  # before the first checkpoint, and in the middle of an epoch
-        process = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start_recipe(recipe, *arguments(base, tmp_path / "killed", *extra), "--resume")
         while process.poll() is None and (not metrics.exists() or metrics.read_text().count("grad_norm") < rows):
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.05))
@@ -70,14 +66,13 @@ def test_killed_and_resumed_equals_uninterrupted(base, tmp_path, variant):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves(base, tmp_path, number):
-    command = [sys.executable, ROOT / "recipes/lora_finetune.py", *arguments(base, tmp_path / "run", *LORA)]
-    command = [str(c) for c in [*command, "--save-every", "1000", "--epochs", "200"]]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    run = arguments(base, tmp_path / "run", *LORA, "--save-every", "1000", "--epochs", "200", "--eval-every", "1000")
+    process = start_recipe("lora_finetune", *run)
     metrics = tmp_path / "run/metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
         assert process.poll() is None
         time.sleep(0.01)
-    os.kill(process.pid, number)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     assert "--resume" in stderr

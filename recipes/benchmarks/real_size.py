@@ -1,0 +1,167 @@
+"""Real sizes on one GPU: Llama-3.2-1B and Llama-3.1-8B shapes with random weights, the Llama-3 tokenizer, GSM8K.
+
+    python recipes/benchmarks/real_size.py --tokenizer LLAMA3_FOLDER --data gsm8k/train.jsonl --output real_size.json
+
+Writes the checkpoints (sharded bfloat16 safetensors) to a scratch folder, then runs the recipes as a user would, one
+process each: 50 steps of LoRA and QLoRA at both sizes; the time and the anonymous host memory that loading 8B to NF4
+takes; 20 steps in bfloat16, float16 and float32, LoRA and full. Everything measured goes into one JSON file.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch
+import tyro
+
+from checkpointing.export import write_companions, write_weights
+from checkpointing.pretrained import WeightFiles, load_weights, read_config
+from models import build_model
+from models.llama import PRESETS
+
+
+@dataclass
+class Config:
+    tokenizer: Path | None = None
+    """Folder with Llama 3's tokenizer.model."""
+    data: Path | None = None
+    """GSM8K's train.jsonl."""
+    output: Path | None = None
+    """JSON file to write."""
+    scratch: Path | None = None
+    """Folder for checkpoints and runs (30 GB); default: a temporary one."""
+    load_only: Path | None = None
+    """(internal) Load this checkpoint to NF4 and print what it took."""
+
+
+def main(cfg: Config) -> None:
+    if cfg.load_only:
+        print(json.dumps(measure_loading(cfg.load_only)))
+        return
+    with tempfile.TemporaryDirectory(dir=cfg.scratch) as scratch:
+        results = measure(cfg, Path(scratch))
+    cfg.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(cfg: Config, scratch: Path) -> dict:
+    gpu = torch.cuda.get_device_properties(0)
+    results = {
+        "date": time.strftime("%Y-%m-%d"),
+        "gpu": gpu.name,
+        "torch": torch.__version__,
+        "command": "python recipes/benchmarks/real_size.py " + " ".join(sys.argv[1:]),
+        "runs": [],
+    }
+    for preset in ("llama-3.2-1b", "llama-3.1-8b"):
+        results[f"write {preset}"] = write_checkpoint(scratch / preset, preset, cfg.tokenizer)
+    results["load llama-3.1-8b to NF4"] = load = json.loads(
+        subprocess.run(
+            [sys.executable, __file__, "--load-only", str(scratch / "llama-3.1-8b")],
+            check=True,
+            stdout=subprocess.PIPE,
+        ).stdout
+    )
+    print(f"load 8B to NF4: {load}", flush=True)
+
+    common = ["--data", cfg.data, "--prompt-field", "question", "--completion-field", "answer"]
+    packed = ["--packing", "--seq-len", 2048, "--train-on", "all", "--max-steps", 50, "--lr", 5e-4]
+    for preset, batch in (("llama-3.2-1b", 4), ("llama-3.1-8b", 2)):
+        for quantize in ("none", "nf4"):
+            flags = [*common, *packed, "--batch-size", batch, "--quantize", quantize]
+            results["runs"].append(train("lora_finetune", scratch, preset, flags))
+    small = [*common, "--max-steps", 20, "--batch-size", 4, "--no-compile", "--no-shuffle"]
+    for recipe, lr in (("lora_finetune", 1e-3), ("full_finetune", 1e-4)):
+        for dtype in ("float32", "bfloat16", "float16"):
+            flags = [*small, "--dtype", dtype, "--lr", lr]
+            results["runs"].append(train(recipe, scratch, "llama-3.2-1b", flags))
+    return results
+
+
+def write_checkpoint(folder: Path, preset: str, tokenizer: Path) -> dict:
+    """A random bfloat16 checkpoint of a preset's shape, in shards, with the real tokenizer."""
+    started = time.perf_counter()
+    folder.mkdir()
+    config = PRESETS[preset] | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    shapes = {name: tuple(p.shape) for name, p in build_model(config).named_parameters()}
+    torch.manual_seed(0)
+
+    def read(name: str) -> torch.Tensor:
+        weight = torch.empty(shapes[name], dtype=torch.bfloat16, device="cuda")
+        return weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(0.0, 0.02)
+
+    write_weights(folder, [(name, shape, torch.bfloat16) for name, shape in shapes.items()], read)
+    write_companions(folder, config, folder, dtype=torch.bfloat16)
+    copyfile(tokenizer / "tokenizer.model", folder / "tokenizer.model")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    shards = len(list(folder.glob("*.safetensors")))
+    return {"bytes": size, "shards": shards, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def measure_loading(folder: Path) -> dict:
+    """Seconds and peak anonymous host memory of loading a checkpoint to NF4 on the GPU."""
+    from modules.nf4 import quantize_nf4
+
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            status = Path("/proc/self/status").read_text()
+            anonymous = int(status.split("RssAnon:")[1].split()[0]) * 1024
+            peak[0] = max(peak[0], anonymous)
+            time.sleep(0.005)
+
+    threading.Thread(target=watch, daemon=True).start()
+    started = time.perf_counter()
+    model = build_model(read_config(folder))
+    quantize_nf4(model)
+    load_weights(model, WeightFiles(folder), device=torch.device("cuda"), dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    done.set()
+    return {
+        "seconds": round(seconds, 2),
+        "peak_anonymous_host_gib": round(peak[0] / 2**30, 2),
+        "gpu_gib": round(torch.cuda.memory_allocated() / 2**30, 2),
+        "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+    }
+
+
+def train(recipe: str, scratch: Path, preset: str, flags: list) -> dict:
+    """Run a recipe; what its metrics say from step 5 on."""
+    output = Path(tempfile.mkdtemp(dir=scratch)) / "run"
+    command = ["recipes/" + recipe + ".py", "--model", scratch / preset, "--output", output, *flags, "--save-every", 0]
+    command = [str(part) for part in command]
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        print(done.stderr[-3000:], flush=True)
+        return {"command": command, "error": done.stderr[-3000:]}
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steady = rows[4:]
+    result = {
+        "command": [part.replace(str(scratch), "SCRATCH") for part in command],
+        "losses": [round(row["loss"], 5) for row in rows],
+        "tokens_per_second": round(sum(r["tokens"] for r in steady) / sum(r["seconds"] for r in steady)),
+        "peak_memory_gib": round(rows[-1]["peak_memory_gib"], 2),
+        "first_step_seconds": round(rows[0]["seconds"], 1),
+        "whole_run_seconds": round(seconds, 1),
+    }
+    subprocess.run(["rm", "-rf", str(output)], check=True)
+    shown = f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}, {result['tokens_per_second']:,} tok/s"
+    print(f"{recipe} {preset} {' '.join(map(str, flags[6:]))}: {shown}, {result['peak_memory_gib']} GiB, ", end="")
+    print(f"first step {result['first_step_seconds']} s, whole run {seconds:.0f} s", flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,154 @@
+"""The README's first command, the orders it makes up and the small base model that it teaches."""
+
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+import torch
+from transformers import AutoModelForCausalLM
+
+from checkpointing.pretrained import WeightFiles, load_weights, read_config
+from data.tokenizers import load_tokenizer
+from models import build_model
+from recipes import quickstart, quickstart_base
+from tests.tiny import ROOT, losses
+
+MEGABYTE = 10**6
+
+
+@pytest.fixture
+def keep_threads():
+    """The quickstart takes one thread for its process; here the process goes on with other tests."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_orders_are_those_of_the_seed_and_no_two_alike():
+    orders = quickstart.make_orders(1400, seed=0)
+    assert orders == quickstart.make_orders(1400, seed=0)
+    assert orders != quickstart.make_orders(1400, seed=1)
+    assert len({row["prompt"] for row in orders}) == 1400  # so no held-out order is in the training data
+
+
+def test_a_completion_says_what_the_order_says():
+    for row in quickstart.make_orders(300, seed=1):
+        prompt, completion = row["prompt"], row["completion"]
+        order = json.loads(completion)
+        assert completion == " " + json.dumps(order)
+        assert list(order) == ["name", "city", "item", "color", "count", "day"]
+        words = set(re.findall(r"\w+", prompt))
+        number = quickstart.NUMBERS[order["count"] - 2]
+        assert {order["name"], order["city"], order["color"], order["item"] + "s", number} <= words
+        assert [day[:3] for day in quickstart.DAYS if day in words] == [order["day"]]
+    assert quickstart.NUMBERS[12 - 2] == "twelve"
+
+
+def test_the_base_has_read_neither_orders_nor_their_json():
+    rng = random.Random(0)
+    texts = [quickstart_base.document(rng) for _ in range(3000)]
+    orders = [re.sub(r"\\{\w+\\}", r"\\w+", re.escape(order)) for order in quickstart.ORDERS]
+    orders = re.compile("|".join(orders) + '|"(name|city|item|color|count|day)":')
+    assert orders.search(quickstart.make_orders(1, seed=0)[0]["prompt"])
+    assert not [text for text in texts if orders.search(text)]
+
+
+def test_the_committed_base_is_small_and_opens_in_transformers():
+    files = {path.name: path.stat().st_size for path in quickstart.BASE.iterdir()}
+    assert set(files) == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert sum(files.values()) <= 4 * MEGABYTE
+    ours = build_model(read_config(quickstart.BASE))
+    load_weights(ours, WeightFiles(quickstart.BASE), device=torch.device("cpu"), dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(quickstart.BASE, dtype=torch.float32)
+    tokenizer = load_tokenizer(quickstart.BASE)
+    ids = torch.tensor([tokenizer.encode_prompt(quickstart.make_orders(1, seed=0)[0]["prompt"])])
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_the_committed_tokenizer_is_read_as_tokenizers_reads_it():
+    oracle = tokenizers.Tokenizer.from_file(str(quickstart.BASE / "tokenizer.json"))
+    tokenizer = load_tokenizer(quickstart.BASE)
+    rng = random.Random(1)
+    texts = [text for row in quickstart.make_orders(300, seed=2) for text in row.values()]
+    texts += [quickstart_base.document(rng) for _ in range(300)]
+    for text in [*texts, "Zoë würde 12¾ Lampen 🛋 kaufen\n\n\t "]:
+        assert tokenizer.encode_prompt(text) == oracle.encode(text).ids
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    # one token a word keeps copying easy: this is what the vocabulary was trained for
+    lengths = [len(tokenizer.encode(row["completion"])) for row in quickstart.make_orders(300, seed=2)]
+    assert max(lengths) <= 40
+
+
+def test_an_earlier_quickstart_is_replaced(tmp_path, capsys, keep_threads):
+    settings = dict(output=tmp_path, train_rows=32, held_out_rows=4, epochs=1)
+    quickstart.main(quickstart.Config(**settings))
+    first = losses(tmp_path / "lora")
+    quickstart.main(quickstart.Config(**settings))
+    assert losses(tmp_path / "lora") == first and len(first) == 2
+    assert losses(tmp_path / "qlora")[0] == pytest.approx(first[0], rel=0.1)
+    assert losses(tmp_path / "qlora") != first
+    held_out, train, answers = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("held_out.jsonl", "orders.jsonl", "answers.jsonl")
+    )
+    assert (len(held_out), len(train)) == (4, 32)
+    assert [{key: row[key] for key in ("prompt", "completion")} for row in answers] == held_out
+    assert capsys.readouterr().out.count("LoRA") >= 2
+    assert (tmp_path / "lora" / "loss.svg").exists() and (tmp_path / "qlora" / "loss.svg").exists()
+
+
+def test_a_run_that_is_not_a_quickstart_stays(tmp_path, keep_threads):
+    adapter = tmp_path / "lora" / "adapter" / "adapter_config.json"
+    adapter.parent.mkdir(parents=True)
+    adapter.write_text("{}")
+    with pytest.raises(ValueError, match="lora"):
+        quickstart.main(quickstart.Config(output=tmp_path, train_rows=8, held_out_rows=2, epochs=1))
+    assert adapter.read_text() == "{}"
+
+
+def test_the_base_is_remade_by_its_command(tmp_path, keep_threads):
+    """With a thousandth of the texts; the vocabulary is then smaller, the files are the same."""
+    quickstart_base.main(
+        quickstart_base.Config(work=tmp_path / "work", output=tmp_path / "base", documents=400, seed=3)
+    )
+    assert {path.name for path in (tmp_path / "base").iterdir()} == {path.name for path in quickstart.BASE.iterdir()}
+    found = losses(tmp_path / "work" / "run")
+    assert found[-1] < found[0] - 0.5
+    model = build_model(read_config(tmp_path / "base"))
+    load_weights(model, WeightFiles(tmp_path / "base"), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_the_readme_command_teaches_the_base_its_job(tmp_path):
+    """All of it, as printed; limits are those that the README promises."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    script = [sys.executable, str(ROOT / "recipes" / "quickstart.py")]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # One thread: processor time is what the command takes on a machine that does nothing else.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 180
+
+    table = re.findall(r"^(base model|LoRA|QLoRA \(NF4\)) +([\d.]+)%", done.stdout, re.M)
+    base, lora, qlora = (float(share) for _, share in table)
+    assert base <= 5 and lora >= 90 and qlora >= lora - 3, done.stdout
+    assert (tmp_path / "runs/quickstart/lora/loss.svg").read_text().startswith("<svg")
+
+    command = shlex.split(done.stdout[done.stdout.index("python ") :].partition("\n\n")[0].replace("\\\n", " "))
+    environment = os.environ | {"PYTHONPATH": ""}
+    said = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    rows = [json.loads(line) for line in (tmp_path / "runs/quickstart/answers.jsonl").read_text().splitlines()]
+    assert said.stdout.strip() == rows[0]["LoRA"].strip(), said.stderr

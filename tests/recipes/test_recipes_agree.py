@@ -1,0 +1,98 @@
+"""Recipes repeat their loop on purpose; this holds the copies together."""
+
+import dataclasses
+import importlib
+import re
+
+import pytest
+
+from tests.tiny import ROOT
+
+TRAINING = ("lora_finetune", "full_finetune", "pretrain")
+BANNERS = [
+    "1 Config",
+    "2 Setup",
+    "3 Tokenizer and data",
+    "4 Model and weights",
+    "5 Adapters / quantisation",
+    "6 Memory plan and compile",
+    "7 Optimizer and schedule",
+    "8 Resume",
+    "9 Training loop",
+    "10 Save",
+]
+# Lines that say what a recipe is: the only differences allowed under these banners.
+OWN_WORDS = ("split_long=True,",)
+IDENTICAL = ("2 Setup", "3 Tokenizer and data", "7 Optimizer and schedule", "9 Training loop")
+# What every training recipe takes, with the defaults that outsiders rely on (no default: the recipe's choice).
+CONTRACT = dict(
+    model=None,
+    data=None,
+    output=None,
+    eval_data=None,
+    epochs=1,
+    max_steps=None,
+    batch_size=None,
+    grad_accum=None,
+    seq_len=None,
+    packing=None,
+    shuffle=True,
+    lr=None,
+    schedule=None,
+    warmup_steps=None,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    seed=0,
+    device=None,
+    dtype=None,
+    compile=None,
+    save_every=None,
+    eval_every=None,
+    resume=False,
+)
+LORA = CONTRACT | dict(rank=None, alpha=None, dropout=0.0, targets=None, quantize="none")
+
+
+def sections(name: str) -> dict[str, str]:
+    source = (ROOT / "recipes" / f"{name}.py").read_text()
+    parts = re.split(r"^ *# -{50,}\n *# (\d+ [^\n:]+)[^\n]*\n", source, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_banners_and_size(name):
+    assert list(sections(name)) == BANNERS
+    assert len((ROOT / "recipes" / f"{name}.py").read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("name", TRAINING[1:])
+@pytest.mark.parametrize("banner", IDENTICAL)
+def test_what_must_not_drift_is_identical(name, banner):
+    def text(recipe):
+        lines = sections(recipe)[banner].splitlines()
+        return "\n".join(line for line in lines if line.strip() not in OWN_WORDS)
+
+    assert text(name) == text(TRAINING[0])
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_flags_of_the_contract(name):
+    config = importlib.import_module(f"recipes.{name}").Config
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    for flag, default in (LORA if "lora" in name else CONTRACT).items():
+        assert flag in fields
+        if default is not None:
+            assert fields[flag] == default
+    source = (ROOT / "recipes" / f"{name}.py").read_text()
+    for field in fields:  # a docstring under every field
+        assert re.search(rf'^    {field}: [^\n]+\n    """', source, flags=re.MULTILINE), field
+
+
+def test_torchao_is_imported_in_one_place():
+    importing = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("recipes", "models", "modules", "checkpointing", "data")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"^\s*(import|from) torchao", path.read_text(), flags=re.MULTILINE)
+    ]
+    assert importing == ["modules/nf4.py"]
