@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from checkpointing.export import write_safetensors
 from checkpointing.pretrained import read_json
+from checkpointing.safetensors_file import specs_of, write_safetensors
 from modules.lora import LoRALinear, lora_layers
 
 PREFIX = "base_model.model."
@@ -28,8 +28,8 @@ def save_adapter(folder: Path, model: nn.Module, *, base: str, chat_template: st
     layers = lora_layers(model)
     tensors = {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.weight.detach()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.weight.detach()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.weight
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.weight
     first = next(iter(layers.values()))
     config = {
         "peft_type": "LORA",
@@ -50,7 +50,7 @@ def save_adapter(folder: Path, model: nn.Module, *, base: str, chat_template: st
         "use_rslora": False,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / TENSORS, [(n, tuple(t.shape), t.dtype) for n, t in tensors.items()], tensors.__getitem__)
+    write_safetensors(folder / TENSORS, specs_of(tensors), tensors.__getitem__)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")

@@ -1,13 +1,9 @@
 """Weights out: a folder that transformers, vLLM, llama.cpp's converter and lm-eval open with no step in between.
 
-Tensors are written one at a time, so exporting needs no second copy of the model. The safetensors format is short
-enough to write by hand: eight bytes with the header's length, a JSON header with dtype, shape and byte range of every
-tensor, then the bytes.
+Tensors are written one at a time, so exporting needs no second copy of the model.
 """
 
-import ctypes
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,32 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from checkpointing.pretrained import COMPANIONS, INDEX, WEIGHTS
+from checkpointing.safetensors_file import Spec, spec_bytes, specs_of, write_safetensors
 
 SHARD_BYTES = 5 * 10**9
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
-
-Spec = tuple[str, tuple[int, ...], torch.dtype]  # name, shape, dtype
 
 
 def save_model(folder: Path, model: nn.Module, *, config: dict, source: Path, chat_template: str | None = None) -> None:
     """Write a model as a Hugging Face folder; a tied head is written once. Write into an `atomic_folder`."""
     tensors = dict(model.named_parameters())  # leaves second names of tied parameters out
-    specs = [(name, tuple(p.shape), p.dtype) for name, p in tensors.items()]
-    write_weights(folder, specs, lambda name: tensors[name].detach())
+    specs = specs_of(tensors)
+    write_weights(folder, specs, tensors.__getitem__)
     write_companions(folder, config, source, dtype=specs[0][2], chat_template=chat_template)
 
 
 def write_weights(folder: Path, specs: Iterable[Spec], read: Callable[[str], Tensor]) -> None:
-    """Write `read(name)` for every spec, in shards of at most 5 GB with an index if one file does not hold them."""
+    """Write `read(name)` for every spec; what does not fit into 5 GB goes into several files with an index."""
     shards: list[list[Spec]] = [[]]
     room = SHARD_BYTES
     for spec in specs:
-        if shards[-1] and _bytes(spec) > room:
+        if shards[-1] and spec_bytes(spec) > room:
             shards.append([])
             room = SHARD_BYTES
         shards[-1].append(spec)
-        room -= _bytes(spec)
-    total = sum(_bytes(spec) for shard in shards for spec in shard)
+        room -= spec_bytes(spec)
+    total = sum(spec_bytes(spec) for shard in shards for spec in shard)
     if len(shards) == 1:
         write_safetensors(folder / WEIGHTS, shards[0], read)
         return
@@ -54,28 +48,10 @@ def write_weights(folder: Path, specs: Iterable[Spec], read: Callable[[str], Ten
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def write_safetensors(path: Path, specs: list[Spec], read: Callable[[str], Tensor]) -> None:
-    """One safetensors file, tensor by tensor."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape, dtype in specs:
-        end = offset + _bytes((name, shape, dtype))
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of eight bytes
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, shape, dtype in specs:
-            tensor = read(name).detach().to("cpu").contiguous()
-            assert tensor.shape == shape and tensor.dtype == dtype, (name, tensor.shape, tensor.dtype)
-            if tensor.numel():
-                file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-
-
 def write_companions(
     folder: Path, config: dict, source: Path, *, dtype: torch.dtype, chat_template: str | None = None
 ) -> None:
-    """config.json (with the weights' dtype), and generation config, tokenizer and template files as the source has them.
+    """config.json, with the weights' dtype, and the source's generation config, tokenizer and template files.
 
     `chat_template`, if given, is written where the source has none.
     """
@@ -97,7 +73,3 @@ def check_export(folder: Path, tensor_bytes: int) -> None:
             f"{folder} has {free / 1e9:.1f} GB free, the result needs {tensor_bytes / 1e9:.1f} GB: "
             "choose another --output or make room"
         )
-
-
-def _bytes(spec: Spec) -> int:
-    return math.prod(spec[1]) * spec[2].itemsize

@@ -1,8 +1,9 @@
 """Optional loggers beside metrics.jsonl: TensorBoard and Weights & Biases (`pip install -e ".[loggers]"`)."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
+
+from checkpointing.run_record import plain
 
 
 class Loggers:
@@ -37,7 +38,6 @@ def open_loggers(cfg, folder: Path) -> Loggers:
             import wandb
         except ImportError:
             raise ImportError('--wandb needs the loggers extra: pip install -e ".[loggers]"') from None
-        config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(cfg).items()}
-        run = wandb.init(project=cfg.wandb, dir=str(folder), config=config, name=folder.name, resume="allow")
+        run = wandb.init(project=cfg.wandb, dir=str(folder), config=plain(cfg), name=folder.name, resume="allow")
         sinks.append(lambda row: run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"]))
     return Loggers(sinks)

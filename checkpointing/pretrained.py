@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Everything that makes a folder a checkpoint, the weights aside; `copy_companions` carries it along on export.
+# Everything that makes a folder a checkpoint, the weights aside; `write_companions` carries it along on export.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -88,6 +89,7 @@ class WeightFiles:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.files: dict[str, Path] = {}  # tensor name -> file
+        self._mapped: tuple[Path | None, Any] = (None, None)  # one file at a time
         for file in self._shards():
             for name in self._open(file).keys():
                 self.files[name] = file
@@ -119,22 +121,19 @@ class WeightFiles:
         return list(self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return tuple(self._handle(name).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU, memory-mapped."""
-        return self._handle(self.files[name]).get_tensor(name)
+        return self._handle(name).get_tensor(name)
 
-    def _slice(self, name: str):
-        return self._handle(self.files[name]).get_slice(name)
-
-    def _handle(self, file: Path):
-        if getattr(self, "_current", (None,))[0] != file:  # one file mapped at a time
-            self._current = (file, self._open(file))
-        return self._current[1]
+    def _handle(self, name: str):
+        if self._mapped[0] != self.files[name]:
+            self._mapped = (self.files[name], self._open(self.files[name]))
+        return self._mapped[1]
 
     def fingerprint(self) -> str:
-        """A hash of names, shapes, sizes and the first and last 4 KiB of every file: quick, and changes with the run."""
+        """A hash of every file's name, size and header, and of 4 KiB at each of 256 places: quick on any model."""
         digest = hashlib.sha256()
         for file in sorted(set(self.files.values())):
             size = file.stat().st_size

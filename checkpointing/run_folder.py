@@ -11,39 +11,25 @@
 A run has ended when run.json says `finished` and the results that it names there still exist.
 """
 
-import dataclasses
 import fcntl
 import json
-import math
 import os
-import platform
-import shlex
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
-from importlib import metadata
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from checkpointing.atomic import atomic_write_text, discard, make_folder, remove_folder, restore_folder
+from checkpointing.errors import say
 from checkpointing.loss_plot import draw_loss_curve
+from checkpointing.run_record import HOW_LONG, compare_config, describe_run, plain, timestamp
 from checkpointing.training_state import STATE
 
 RESULTS = {"adapter": "adapter_config.json", "model": "config.json"}  # and a file that every complete one has
 LEFTOVERS = ("metrics.jsonl", "loss.svg", "recipe.py")
-HOW_LONG = ("max_steps", "epochs")
-# Settings that a resumed run may change: they say where, how long and how closely watched, not what is computed.
-WATCHING = ("save_every", "keep_last", "eval_every", "eval_data", "sample_prompt", "tensorboard", "wandb")
-MAY_CHANGE = ("output", "resume", "device", *HOW_LONG, *WATCHING)
-DIFF_BYTES = 1_000_000
 
 
 class RunFolder:
@@ -59,26 +45,25 @@ class RunFolder:
         self.path, self.checkpoints = path, path / "checkpoints"
         self.adapter, self.model = path / "adapter", path / "model"
         self.stop_requested = self.finished = False
+        self._record: dict = {}
         self._undrawn = False
         self._handlers: dict[int, Any] = {}
         self._lock: int | None = None
 
     @classmethod
-    def open(
-        cls, output: Path, config: Any, *, script: str | Path, resume: bool, may_change: tuple[str, ...] = MAY_CHANGE
-    ) -> "RunFolder":
+    def open(cls, output: Path, config: Any, *, script: str | Path, resume: bool) -> "RunFolder":
         """Claim `output` for the run of `config` (a dataclass or a dictionary), new or resumed.
 
         Raises ValueError, and changes nothing that an earlier run saved, where another process is at work in the
         folder, where a new run would overwrite a checkpoint or a result, and where a resumed one has other settings
-        than `may_change` allows.
+        than `MAY_CHANGE` allows.
         """
         run = cls(Path(output))
         make_folder(run.path)
         try:
             run._lock = _lock(run.path / ".lock")
             run._settle()
-            run._begin(plain(config), Path(script), resume, may_change)
+            run._begin(plain(config), Path(script), resume)
             if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
                 for number in (signal.SIGINT, signal.SIGTERM):
                     run._handlers[number] = signal.signal(number, run._on_signal)
@@ -87,16 +72,21 @@ class RunFolder:
             raise
         return run
 
+    @property
+    def started(self) -> datetime:
+        """When the run was first started: a resumed run that prints the date (chat templates do) prints the same."""
+        first = [*self._record["resumed"], self._record][0]
+        return datetime.fromisoformat(first["started"])
+
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoints/step-N, if there is one."""
         return max(self._complete_checkpoints(), key=_step, default=None)
 
     def check_resumable(self, saved_config: dict, identity: dict, saved_identity: dict) -> None:
         """The checkpoint's own settings and fingerprints (of weights and data, say) must be this run's; ValueError."""
-        name = "fingerprint of the {}".format
-        saved = plain(saved_config) | {name(key): value for key, value in plain(saved_identity).items()}
-        here = self._config | {name(key): value for key, value in plain(identity).items()}
-        _refuse(_changes(saved, here), self._may_change)
+        saved = saved_config | {f"fingerprint of the {name}": value for name, value in saved_identity.items()}
+        here = self._record["config"] | {f"fingerprint of the {name}": value for name, value in identity.items()}
+        compare_config(saved, here)
 
     def log(self, row: dict) -> None:
         """Append a row to metrics.jsonl: valid JSON (NaN and infinities as strings), floats to the last bit."""
@@ -143,8 +133,8 @@ class RunFolder:
     def finish(self) -> None:
         """Put on record that the run has ended; call it when the result is saved."""
         self.draw()  # before the mark: nobody comes back to a finished run
-        record = self._read_record() or {"config": self._config}
-        self._write_record(record | {"finished": {"time": _now(), "results": self._results()}})
+        self._record["finished"] = {"time": timestamp(), "results": self._results()}
+        self._write_record()
         self.finished = True
 
     def close(self) -> None:
@@ -166,8 +156,7 @@ class RunFolder:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _begin(self, config: dict, script: Path, resume: bool, may_change: tuple[str, ...]) -> None:
-        self._config, self._may_change = config, may_change
+    def _begin(self, config: dict, script: Path, resume: bool) -> None:
         earlier, checkpoint, results = self._read_record(), self.latest_checkpoint(), self._results()
         mark = earlier and earlier.get("finished")
         ended = isinstance(mark, dict) and set(mark.get("results", ())) <= set(results)
@@ -176,7 +165,7 @@ class RunFolder:
             raise ValueError(
                 f"an earlier run is in --output: {found}; add --resume to continue it or choose another folder"
             )
-        record = describe_run(config, script)
+        self._record = describe_run(config, script)
         if not (checkpoint or results or (resume and ended)):
             if resume:
                 say(f"{self.path} holds no complete checkpoint: starting afresh")
@@ -184,20 +173,23 @@ class RunFolder:
         else:
             if earlier is None:
                 say(f"{self.path / 'run.json'} is missing or damaged: settings are not compared with the earlier ones")
-            changed = compare_config(earlier["config"], config, may_change) if earlier else []
+            changed = compare_config(earlier["config"], config) if earlier else {}
+            for name, change in changed.items():
+                if name not in ("output", "resume"):
+                    say(f"this run resumes with another {name}: {change}")
             another_end = any(name in HOW_LONG for name in changed)
             # A kill between the result and its mark: without a checkpoint there is nothing else to go on with.
             if not another_end and (ended or (earlier and not checkpoint)):
-                self.finished = True
+                self._record, self.finished = earlier, True
                 return
             if not checkpoint:
                 raise ValueError(f"{self.path} holds a result but no checkpoint to go on from: choose another --output")
             if earlier:
                 before = {key: value for key, value in earlier.items() if key != "resumed"}
-                if before.get("git") == record["git"]:  # diffs can be long, and starts many
+                if before.get("git") == self._record["git"]:  # diffs can be long, and starts many
                     before["git"] = "as in the start after this one"
-                record["resumed"] = [*earlier.get("resumed", []), before]
-        self._write_record(record)  # first: it is what says that the rest is ours
+                self._record["resumed"] = [*earlier["resumed"], before]
+        self._write_record()  # first: it is what says that the rest is ours
         self._keep_script(script)
 
     def _settle(self) -> None:
@@ -256,11 +248,11 @@ class RunFolder:
     def _read_record(self) -> dict | None:
         with suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
             record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            return record if isinstance(record, dict) and "config" in record else None
+            return record if isinstance(record, dict) and record.keys() >= {"config", "started", "resumed"} else None
         return None
 
-    def _write_record(self, record: dict) -> None:
-        atomic_write_text(self.path / "run.json", json.dumps(record, indent=1) + "\n")
+    def _write_record(self) -> None:
+        atomic_write_text(self.path / "run.json", json.dumps(self._record, indent=1) + "\n")
 
     def _on_signal(self, number: int, frame) -> None:
         if self.stop_requested and number == signal.SIGINT:
@@ -271,125 +263,6 @@ class RunFolder:
             with suppress(OSError):
                 os.write(2, text.encode())  # print() may not be entered twice, and this may have interrupted one
         self.stop_requested = True
-
-
-def compare_config(saved: Any, current: Any, may_change: tuple[str, ...] = MAY_CHANGE) -> list[str]:
-    """The names of the settings that differ, each said in one line; ValueError for those that must not."""
-    changes = _changes(plain(saved), plain(current))
-    _refuse(changes, may_change)
-    for name, change in changes.items():
-        if name not in ("output", "resume"):
-            say(f"this run resumes with another {name}: {change}")
-    return list(changes)
-
-
-def _changes(saved: dict, current: dict) -> dict[str, str]:
-    names = [*saved, *(name for name in current if name not in saved)]
-    pairs = {name: (saved.get(name, "(absent)"), current.get(name, "(absent)")) for name in names}
-    return {name: f"{there} -> {here}" for name, (there, here) in pairs.items() if there != here}
-
-
-def _refuse(changes: dict[str, str], may_change: tuple[str, ...]) -> None:
-    if wrong := [f"{name}: {change}" for name, change in changes.items() if name not in may_change]:
-        fix = "give the earlier values, or start anew in another --output"
-        raise ValueError(f"--resume with other settings than the run began with: {'; '.join(wrong)}; {fix}")
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Around a script's main(): a user's mistake becomes one clear message and exit status 2, not a traceback.
-
-    HANDTUNE_DEBUG=1 shows the traceback, too. Out of memory: exit status 1. Ctrl-C: 130.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        _leave(130, "interrupted")
-    except torch.OutOfMemoryError as error:
-        fix = "lower --batch-size or --seq-len, or keep less (--quantize nf4, activation checkpointing)"
-        _leave(1, f"error: out of memory on the device: {fix}. {str(error).partition('. GPU')[0]}")
-    except OSError as error:
-        known = error.strerror and error.filename
-        _leave(2, f"error: {error.filename}: {error.strerror}" if known else f"error: {error}")
-    except ValueError as error:
-        _leave(2, f"error: {error}")
-    except ImportError as error:
-        if "pip install" not in str(error):  # not one of ours, which name the extra that is missing
-            raise
-        _leave(2, f"error: {error}")
-
-
-def _leave(status: int, text: str) -> None:
-    if os.environ.get("HANDTUNE_DEBUG") == "1":
-        traceback.print_exc()
-    say(text)
-    raise SystemExit(status) from None
-
-
-def describe_run(config: dict, script: Path) -> dict:
-    """What run.json records about a start; what cannot be found out is null."""
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    hardware = {
-        "cpu": platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "devices": [{"name": device.name, "memory_bytes": device.total_memory} for device in devices],
-    }
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "torchao", "handtune"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    revision = _git(script.parent, "rev-parse", "--verify", "HEAD")
-    diff = _git(script.parent, "diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD") if revision else None
-    return {
-        "script": str(script),
-        "command": shlex.join(sys.argv),
-        "started": _now(),
-        "finished": None,
-        "config": config,
-        "versions": versions,
-        "git": {"revision": revision and revision.strip(), "diff": diff},
-        "hardware": hardware,
-        "resumed": [],
-    }
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, at most `DIFF_BYTES` of it; None without git, outside of a repository, or after 20 s."""
-    with suppress(OSError, subprocess.SubprocessError), tempfile.TemporaryFile() as output:
-        command = ["git", "-C", str(folder), *arguments]
-        subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.DEVNULL, timeout=20, check=True
-        )
-        output.seek(0)
-        text = output.read(DIFF_BYTES).decode("utf-8", errors="replace")
-        return text + "\n[cut here]\n" if output.read(1) else text
-    return None
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: dataclasses become objects, tuples lists, scalar tensors numbers, the rest text.
-
-    NaN and infinities, which JSON lacks, become "NaN", "Infinity" and "-Infinity"; Python's float() reads them.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def say(text: str) -> None:
-    """Messages go to standard error; standard output carries results only."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _lock(path: Path) -> int:
@@ -416,7 +289,3 @@ def _same_file(a: Path, b: Path) -> bool:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -11,7 +11,6 @@ A tensor subclass (8-bit optimizer states, NF4) is stored as its inner tensors, 
 and state.json says which class they make up.
 """
 
-import ctypes
 import json
 import math
 import random
@@ -27,16 +26,12 @@ from torch import Tensor, nn
 
 from checkpointing.atomic import atomic_folder
 from checkpointing.pretrained import read_json
+from checkpointing.safetensors_file import DTYPE_NAMES, specs_of, write_safetensors
 
 FORMAT = 1
 STATE, WEIGHTS, OPTIMIZER, RNG = "state.json", "weights.safetensors", "optimizer.safetensors", "rng.safetensors"
 # Which kernel does the step is this machine's choice; the numbers that it works on are the run's.
 KERNEL_OPTIONS = ("foreach", "fused", "capturable")
-DTYPE_NAMES = {
-    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
-    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL", torch.uint8: "U8"},
-    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
-}
 
 
 def save_training_state(
@@ -58,9 +53,8 @@ def save_training_state(
         "optimizer": _encode_optimizer(optimizer, parameters, states),
     }
     with atomic_folder(folder) as partial:
-        _write_safetensors(partial / WEIGHTS, weights)
-        _write_safetensors(partial / OPTIMIZER, states)
-        _write_safetensors(partial / RNG, _random_states())
+        for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, states), (RNG, _random_states())):
+            write_safetensors(partial / name, specs_of(tensors), tensors.__getitem__)
         (partial / STATE).write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")
 
 
@@ -234,26 +228,6 @@ def _tensor_names(node: Any) -> Iterator[str]:
 
 
 # Files.
-
-
-def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The safetensors format by hand: its own `save_file` needs NumPy, and every tensor in host memory at once."""
-    # Wide dtypes first: then every tensor begins at a multiple of its item size, which readers rely on.
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name}: a tensor of {tensor.dtype} cannot be kept in a checkpoint")
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            host = tensor.detach().cpu().contiguous()
-            if host.nbytes:
-                file.write((ctypes.c_char * host.nbytes).from_address(host.data_ptr()))
 
 
 def _open(path: Path):

@@ -35,7 +35,7 @@ DIGITS_SPLIT = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?[^\s\p{{L}}{NUMERAL}]+|\s
 FOREIGN_SYNTAX = re.compile(r"(?<!\\)\$|(?<![\[\\])\^|\\[wWbBhHRXZG]|\[\[:")
 
 WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-LONG_SPACE = re.compile(f"[{WHITE_SPACE}]{{100000,}}(?=[^{WHITE_SPACE}])")
+LONG_SPACE = re.compile(f"[{WHITE_SPACE}]{{100000,}}")
 
 # Characters that `tokenizers` cannot compose: newer than its table for NFC, which is that of Unicode 10.
 NOT_COMPOSED = re.compile(
@@ -125,9 +125,11 @@ class ByteLevelBPE:
         needs a stack entry per space there, and there are a million of those."""
         parts, start = [], 0
         for run in LONG_SPACE.finditer(text) if len(text) > 100_000 else ():
-            last, following = text[run.end() - 1 : run.end() + 1]
-            is_one_word = (self.splits_newlines and last in "\r\n") or (
-                self.splits_digits and unicodedata.category(following)[0] == "N"
+            last, following = text[run.end() - 1], text[run.end() : run.end() + 1]
+            is_one_word = (
+                not following
+                or (self.splits_newlines and last in "\r\n")
+                or (self.splits_digits and unicodedata.category(following)[0] == "N")
             )
             if not is_one_word:
                 parts.append(text[start : run.end() - 1])
@@ -234,7 +236,7 @@ def tiktoken_ranks(
         late = late or bool(met)
     if late:  # then what such a token meets is not known; it does not matter if every possible pair is on the list
         possible = sum(t[:i] in vocab and t[i:] in vocab for t in vocab for i in range(1, len(t)))
-        if possible != len(set(merges)):
+        if not ignore_merges or possible != len(set(merges)):
             return None
     return {bytes([BYTE_OF[char] for char in token]): rank for token, rank in ranks.items()}
 

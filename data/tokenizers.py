@@ -19,6 +19,7 @@ A tokenizer.json is taken at its word, as `tokenizers` takes it. transformers 5 
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,9 +154,7 @@ class _Finder:
         done = 0
         for match in self.pattern.finditer(text) if self.pattern else ():
             token, start, stop = self.tokens[match[0]], match.start(), match.end()
-            if token.single_word and (
-                re.match(r"\w", text[start - 1 : start]) or re.match(r"\w", text[stop : stop + 1])
-            ):
+            if token.single_word and (_is_word(text[start - 1 : start]) or _is_word(text[stop : stop + 1])):
                 continue
             if token.lstrip:
                 start = max(done, len(text[:start].rstrip(_SPACES)))
@@ -169,6 +168,12 @@ class _Finder:
             yield done, len(text), None
 
 
+def _is_word(char: str) -> bool:
+    """What `\\w` means in `tokenizers`: letters, marks, digits and connectors; not of an empty string."""
+    return char in ("\u200c", "\u200d") or (char != "" and unicodedata.category(char)[:2] in _WORD)
+
+
+_WORD = ("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc")
 _SPACES = "".join(chr(i) for i in range(0x3001) if re.match(f"[{WHITE_SPACE}]", chr(i)))
 
 

@@ -10,8 +10,3 @@ def compile_blocks(model: nn.Module) -> None:
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for block in model.blocks:
         block.compile()
-
-
-def wants_compile(choice: bool | None, device: torch.device) -> bool:
-    """`--compile`/`--no-compile`, or where neither is given: on CUDA, where Triton pays for its start-up."""
-    return device.type == "cuda" if choice is None else choice

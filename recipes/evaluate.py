@@ -19,8 +19,8 @@ import tyro
 from tqdm import tqdm
 
 from checkpointing.adapters import load_adapter
+from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
-from checkpointing.run_folder import clear_errors
 from data.batches import Batches
 from data.chat_templates import load_chat_template
 from data.dataset import load_dataset

@@ -18,8 +18,8 @@ import torch
 import tyro
 
 from checkpointing.adapters import load_adapter
+from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
-from checkpointing.run_folder import clear_errors
 from data.chat_templates import load_chat_template, stop_token_ids
 from data.tokenizers import load_tokenizer
 from models import build_model

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from checkpointing.adapters import read_adapter
 from checkpointing.atomic import atomic_folder
+from checkpointing.errors import clear_errors
 from checkpointing.export import check_export, write_companions, write_weights
 from checkpointing.pretrained import WeightFiles, check_names, find_checkpoint, read_config
-from checkpointing.run_folder import clear_errors
 from models import build_model
 from modules.device import DTYPES, pick_device
 from modules.nf4 import dequantize_nf4, quantize_nf4, quantize_nf4_tensor

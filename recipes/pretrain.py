@@ -22,10 +22,11 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from checkpointing.atomic import atomic_folder
+from checkpointing.errors import clear_errors
 from checkpointing.export import check_export, save_model
 from checkpointing.loggers import open_loggers
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
-from checkpointing.run_folder import RunFolder, clear_errors
+from checkpointing.run_folder import RunFolder
 from checkpointing.training_state import load_training_state, save_training_state
 from data.batches import Batches, fit_seq_len
 from data.chat_templates import load_chat_template, stop_token_ids
@@ -34,7 +35,7 @@ from data.tokenizers import load_tokenizer
 from models import build_model
 from modules.activation_checkpointing import checkpoint_activations
 from modules.attention import describe_attention
-from modules.compile import compile_blocks, wants_compile
+from modules.compile import compile_blocks
 from modules.device import describe_device, peak_memory_gib, pick_device, pick_dtype
 from modules.evaluation import evaluate_loss, sample_completion
 from modules.loss import linear_cross_entropy
@@ -97,8 +98,8 @@ class Config:
     """What backward needs: keep everything, or only each block's input and recompute the rest."""
     activations_every: int = 1
     """With lean: recompute every k-th block only."""
-    compile: bool | None = None
-    """Compile each block; default: on CUDA."""
+    compile: bool = torch.cuda.is_available()
+    """Compile each block; default: where there is a CUDA device, whose compiler pays for its start-up."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 …"""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -197,7 +198,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     lean = cfg.activations == "lean"
     if lean:
         checkpoint_activations(model, cfg.activations_every)
-    if wants_compile(cfg.compile, device):
+    if cfg.compile:
         compile_blocks(model)
     autocast = torch.autocast(device.type, dtype, enabled=wide and dtype != torch.float32, cache_enabled=False)
     say(describe_attention(device, dtype, cfg.packing))

@@ -23,8 +23,8 @@ import tyro
 
 from checkpointing.adapters import load_adapter
 from checkpointing.atomic import atomic_write_text, discard, make_folder
+from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
-from checkpointing.run_folder import clear_errors
 from data.tokenizers import load_tokenizer
 from models import build_model
 from modules.generation import generate

@@ -15,7 +15,7 @@ import torch
 import tyro
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from checkpointing.run_folder import clear_errors
+from checkpointing.errors import clear_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATML = (

@@ -10,13 +10,17 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from checkpointing.run_folder import RunFolder, clear_errors, compare_config, plain
+from checkpointing import run_record
+from checkpointing.errors import clear_errors
+from checkpointing.run_folder import RunFolder
+from checkpointing.run_record import compare_config, plain
 from checkpointing.training_state import save_training_state
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -279,14 +283,12 @@ def test_resume_survives_a_lost_run_json(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_settings_that_may_change_are_said_others_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
     saved = plain(Config())
-    assert compare_config(saved, Config()) == []
-    assert compare_config(saved, Config(max_steps=None, save_every=1)) == ["max_steps", "save_every"]
-    said = capsys.readouterr().err.splitlines()
-    assert [line.partition("another ")[2] for line in said] == ["max_steps: 10 -> None", "save_every: 5 -> 1"]
+    assert compare_config(saved, Config()) == {}
+    changes = compare_config(saved, Config(max_steps=None, save_every=1))
+    assert changes == {"max_steps": "10 -> None", "save_every": "5 -> 1"}
     with pytest.raises(ValueError) as error:
         compare_config(saved, Config(lr=1e-3, rank=8, max_steps=3))
     assert "lr: 0.0002 -> 0.001; rank: 16 -> 8;" in str(error.value) and "max_steps" not in str(error.value)
-    assert compare_config(saved, Config(lr=1e-3), may_change=("lr",)) == ["lr"]
     with pytest.raises(ValueError, match=r"extra: 1 -> \(absent\)"):
         compare_config(saved | {"extra": 1}, Config())
 
@@ -301,6 +303,33 @@ def test_settings_that_may_change_are_said_others_are_refused(tmp_path: Path, ca
     with pytest.raises(ValueError, match="rank: 16 -> 8"):
         start(tmp_path, Config(rank=8), resume=True)
     assert contents(tmp_path) == before
+    capsys.readouterr()
+    start(tmp_path, Config(max_steps=None, save_every=1), resume=True).close()
+    said = [line.partition("another ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["max_steps: 10 -> None", "save_every: 5 -> 1"]
+
+
+def test_a_resumed_run_knows_when_it_was_first_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    times = ["2026-01-31T23:59:58+14:00", "2026-02-01T08:00:00+00:00", "2026-03-01T08:00:00+00:00"]
+    first = datetime.fromisoformat(times[0])
+    with monkeypatch.context() as patch:
+        for time in times:
+            patch.setattr(run_record, "timestamp", lambda time=time: time)
+            with start(tmp_path, resume=True) as run:
+                assert run.started == first and f"{run.started:%d %b %Y}" == "31 Jan 2026"  # not where it is resumed
+                save_checkpoint(run, 5)
+        with start(tmp_path, resume=True) as run:
+            save_adapter(run)
+            run.finish()
+        with start(tmp_path, resume=True) as run:
+            assert run.finished and run.started == first
+    before = datetime.now(UTC).replace(microsecond=0)
+    with start(tmp_path / "new") as run:  # saves nothing, so that the next start is the first
+        assert before <= run.started <= datetime.now(UTC)
+        assert run.started.utcoffset() == datetime.now().astimezone().utcoffset()
+    monkeypatch.setattr(run_record, "timestamp", lambda: times[0])
+    with start(tmp_path / "new", resume=True) as run:
+        assert run.started == first
 
 
 # Metrics.
@@ -341,13 +370,15 @@ def test_metrics_are_cut_to_the_checkpoint(torn: str, tmp_path: Path):
 
 def test_prune_keeps_the_newest(tmp_path: Path):
     with start(tmp_path) as run:
+        run.prune(2)  # at start-up: nothing to remove yet, but the setting is checked
+        for wrong in (0, -1):
+            with pytest.raises(ValueError, match=f"--keep-last {wrong} .*at least 1"):
+                run.prune(wrong)
         for step in (2, 9, 10, 11):
             save_checkpoint(run, step)
         (run.checkpoints / "mine").mkdir()
         run.prune(None)
         assert len(list(run.checkpoints.iterdir())) == 5
-        with pytest.raises(ValueError, match="at least 1"):
-            run.prune(0)
         run.prune(2)
         assert {p.name for p in run.checkpoints.iterdir()} == {"step-10", "step-11", "mine"}
 
@@ -373,7 +404,8 @@ def test_a_rehearsal_leaves_no_trace_and_its_failure_is_raised(tmp_path: Path):
 WORKER = """
 import sys, time
 from pathlib import Path
-from checkpointing.run_folder import RunFolder, clear_errors
+from checkpointing.errors import clear_errors
+from checkpointing.run_folder import RunFolder
 with clear_errors(), RunFolder.open(Path(sys.argv[1]), {"lr": 1.0}, script=sys.argv[0], resume=False) as run:
     step = 0
     while not run.stop_requested or "--stubborn" in sys.argv:

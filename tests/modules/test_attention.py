@@ -46,13 +46,14 @@ def test_variable_length_kernel_equals_the_mask(kv_heads):
     model.init_weights()
     ids = torch.randint(0, 1000, (2, 256), device=device)
     layout = packed_layout([[100, 50, 30], [256]], 256)
+    upstream = torch.randn(2, 256, 512, device=device)
     results = []
     for dtype in (torch.bfloat16, torch.float32):  # float32 has no variable-length kernel: the mask
         prepared = layout.prepare(device, dtype)
         assert (prepared.mask is None) == (dtype == torch.bfloat16)
         hidden = model(ids, prepared).float()
         weight = model.blocks[0].self_attn.k_proj.weight
-        (gradient,) = torch.autograd.grad(hidden[:, :150].square().sum(), weight)
-        results.append((hidden, gradient.float()))
+        (gradient,) = torch.autograd.grad(hidden, weight, upstream)
+        results.append((hidden.detach(), gradient.float()))
     for a, b in zip(*results, strict=True):
-        assert (a - b).norm() < 0.02 * b.norm()
+        assert (a - b).norm() < 0.03 * b.norm()

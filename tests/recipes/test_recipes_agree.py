@@ -5,6 +5,7 @@ import importlib
 import re
 
 import pytest
+import tyro
 
 from tests.tiny import ROOT
 
@@ -86,6 +87,15 @@ def test_flags_of_the_contract(name):
     source = (ROOT / "recipes" / f"{name}.py").read_text()
     for field in fields:  # a docstring under every field
         assert re.search(rf'^    {field}: [^\n]+\n    """', source, flags=re.MULTILINE), field
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_switches_come_in_pairs(name):
+    recipe = importlib.import_module(f"recipes.{name}")
+    required = ["--model", "m", "--data", "d", "--output", "o"]
+    for switch in ("packing", "shuffle", "compile"):
+        for flag, value in ((switch, True), (f"no-{switch}", False)):
+            assert getattr(tyro.cli(recipe.Config, args=[*required, f"--{flag}"]), switch) is value
 
 
 def test_torchao_is_imported_in_one_place():

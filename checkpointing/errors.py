@@ -1,0 +1,45 @@
+"""What the user is told: messages on standard error, and mistakes in one clear line."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def say(text: str) -> None:
+    """Messages go to standard error; standard output carries results only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Around a script's main(): a user's mistake becomes one clear message and exit status 2, not a traceback.
+
+    HANDTUNE_DEBUG=1 shows the traceback, too. Out of memory: exit status 1. Ctrl-C: 130.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _leave(130, "interrupted")
+    except torch.OutOfMemoryError as error:
+        fix = "lower --batch-size or --seq-len, or keep less (--quantize nf4, activation checkpointing)"
+        _leave(1, f"error: out of memory on the device: {fix}. {str(error).partition('. GPU')[0]}")
+    except OSError as error:
+        known = error.strerror and error.filename
+        _leave(2, f"error: {error.filename}: {error.strerror}" if known else f"error: {error}")
+    except ValueError as error:
+        _leave(2, f"error: {error}")
+    except ImportError as error:
+        if "pip install" not in str(error):  # not one of ours, which name the extra that is missing
+            raise
+        _leave(2, f"error: {error}")
+
+
+def _leave(status: int, text: str) -> None:
+    if os.environ.get("HANDTUNE_DEBUG") == "1":
+        traceback.print_exc()
+    say(text)
+    raise SystemExit(status) from None
