@@ -1,5 +1,6 @@
 """Optional loggers beside metrics.jsonl: TensorBoard and Weights & Biases (`pip install -e ".[loggers]"`)."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,35 +10,49 @@ from checkpointing.run_record import plain
 class Loggers:
     """Passes every metrics row on to the loggers that were asked for."""
 
-    def __init__(self, sinks: list[Callable[[dict], None]]):
-        self._sinks = sinks
+    def __init__(self) -> None:
+        self._sinks: list[tuple[Callable[[dict, int], None], Callable[[], None]]] = []
+
+    def add(self, log: Callable[[dict, int], None], close: Callable[[], None]) -> None:
+        self._sinks.append((log, close))
 
     def log(self, row: dict) -> None:
-        for sink in self._sinks:
-            sink(row)
+        values = {name: value for name, value in row.items() if name != "step"}
+        for log, _ in self._sinks:
+            log(values, row["step"])
+
+    def close(self) -> None:
+        for _, close in self._sinks:
+            close()
 
 
-def open_loggers(cfg, folder: Path) -> Loggers:
-    """The loggers that `cfg.tensorboard` and `cfg.wandb` name; ImportError with the fix if one is not installed."""
-    sinks: list[Callable[[dict], None]] = []
+def open_loggers(cfg, folder: Path, step: int) -> Loggers:
+    """The loggers that `cfg.tensorboard` and `cfg.wandb` ask for, of a run that stands at `step`.
+
+    Raises ImportError, with the fix, if one is not installed.
+    """
+    loggers = Loggers()
     if cfg.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ImportError('--tensorboard needs the loggers extra: pip install -e ".[loggers]"') from None
-        writer = SummaryWriter(str(folder / "tensorboard"))
+        # What was logged after the checkpoint that a resumed run goes on from is dropped.
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
-        def to_tensorboard(row: dict) -> None:
-            for name, value in row.items():
-                if name != "step":
-                    writer.add_scalar(name, value, row["step"])
+        def to_tensorboard(values: dict, step: int) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
 
-        sinks.append(to_tensorboard)
+        loggers.add(to_tensorboard, writer.close)
     if cfg.wandb:
         try:
             import wandb
         except ImportError:
             raise ImportError('--wandb needs the loggers extra: pip install -e ".[loggers]"') from None
-        run = wandb.init(project=cfg.wandb, dir=str(folder), config=plain(cfg), name=folder.name, resume="allow")
-        sinks.append(lambda row: run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"]))
-    return Loggers(sinks)
+        # One id per folder, so that a resumed run continues its curve.
+        identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        options = dict(project=cfg.wandb, id=identity, name=folder.name, resume="allow", dir=str(folder))
+        run = wandb.init(config=plain(cfg), **options)
+        loggers.add(lambda values, step: run.log(values, step=step), run.finish)
+    return loggers

@@ -40,7 +40,7 @@ class Config:
     raw: bool = False
     """No chat template: continue the text."""
     chat_format: str = "own"
-    """Chat template: own (the adapter's or checkpoint's; without one as --raw), llama2, llama3, chatml, vicuna, FILE."""
+    """Chat template: own (adapter's or checkpoint's; none: as --raw), llama2, llama3, chatml, vicuna, FILE.jinja."""
     max_new_tokens: int = 256
     """Longest completion."""
     temperature: float = 0.0

@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from checkpointing.atomic import atomic_folder
-from checkpointing.errors import clear_errors
+from checkpointing.errors import clear_errors, say
 from checkpointing.export import check_export, save_model
 from checkpointing.loggers import open_loggers
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
@@ -127,7 +127,7 @@ def main(cfg: Config) -> None:
     # 2 Setup
     with RunFolder.open(cfg.output, cfg, script=__file__, resume=cfg.resume) as run:
         if run.finished:
-            print(f"{cfg.output} is finished: nothing to resume", file=sys.stderr)
+            say(f"{cfg.output} is finished: nothing to resume")
             return
         train(cfg, run)
 
@@ -238,7 +238,7 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 9 Training loop
-    loggers = open_loggers(cfg, run.path)
+    loggers = open_loggers(cfg, run.path, progress["step"])
     stop_ids = stop_token_ids(folder, tokenizer, template)
     bar = tqdm(total=total_steps, initial=progress["step"], unit="step", disable=None)
 
@@ -247,7 +247,9 @@ def train(cfg: Config, run: RunFolder) -> None:
         loggers.log({"step": progress["step"], "eval_loss": loss})
         run.log({"step": progress["step"], "eval_loss": loss})
         sample = sample_completion(model, eval_dataset, tokenizer, stop_ids)
-        tqdm.write(f"step {progress['step']}: evaluation loss {loss:.4f}; {sample['completion']!r}", file=sys.stderr)
+        said = f"{sample['prompt'][-40:]!r} → {sample['completion']!r}"
+        tqdm.write(f"step {progress['step']}: evaluation loss {loss:.4f}; {said}", file=sys.stderr)
+        run.draw()
 
     model.train()
     for epoch, step_in_epoch, micro_batches in batches.steps(progress["epoch"], progress["step_in_epoch"]):
@@ -293,7 +295,10 @@ def train(cfg: Config, run: RunFolder) -> None:
             evaluate()
         if cfg.save_every and progress["step"] % cfg.save_every == 0:
             save_checkpoint()
+    if eval_batches and progress["step"] == total_steps and not (cfg.eval_every and total_steps % cfg.eval_every == 0):
+        evaluate()
     bar.close()
+    loggers.close()
 
     # -----------------------------------------------------------------------------------------------------------------
     # 10 Save
@@ -301,8 +306,6 @@ def train(cfg: Config, run: RunFolder) -> None:
         save_checkpoint()
         say(f"stopped after step {progress['step']} of {total_steps}; go on with --resume")
         return
-    if eval_batches and not (cfg.eval_every and total_steps and total_steps % cfg.eval_every == 0):
-        evaluate()
     if cfg.save_every and total_steps and total_steps % cfg.save_every:
         save_checkpoint()  # so that --resume can go on with more --max-steps or --epochs
     save_result()
@@ -312,10 +315,6 @@ def train(cfg: Config, run: RunFolder) -> None:
 
 def count(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,9 @@ from recipes import lora_finetune
 
 BASE = Path(__file__).resolve().parent / "assets" / "quickstart_base"
 
-NAMES = """Ada Ali Anna Ben Carl Cora Dana Ella Emil Emma Eric Eva Finn Gita Hana Hugo Ida Igor Ivan Jack Jane Juan
-Kai Kofi Lara Leo Lily Lin Luis Mara Max Mei Mia Nina Noah Nora Olga Omar Otto Paul Priya Raj Rosa Sam Sara Tom Vera
-Zoe""".split()
-CITIES = """Accra Athens Berlin Bogota Boston Cairo Cork Dakar Delhi Dublin Geneva Hanoi Kyoto Lagos Lima Lisbon London
-Lyon Madrid Manila Milan Nairobi Oslo Paris Prague Riga Rome Seoul Tokyo Vienna Warsaw Zurich""".split()
-ITEMS = """apron bag ball basket bell belt bike blanket bottle bowl bucket cap card chair clock coat cup curtain desk
-drum fan flag hat jacket jar kettle kite lamp map mirror mug pen pillow plate ring rug shirt sofa spoon table tent towel
-vase wallet""".split()
+NAMES = "Ada Ben Dana Emma Finn Hugo Ivan Juan Lara Lin Max Nina Olga Paul Rosa Tom".split()
+CITIES = "Accra Berlin Boston Cork Delhi Geneva Kyoto Lima London Madrid Milan Oslo Prague Rome Tokyo Warsaw".split()
+ITEMS = "apron basket bike bowl card coat desk flag jar lamp mug plate shirt table vase".split()
 COLORS = "black blue brown gray green orange pink purple red silver white yellow".split()
 NUMBERS = "two three four five six seven eight nine ten eleven twelve".split()  # 2 to 12
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()

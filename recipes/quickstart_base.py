@@ -33,7 +33,7 @@ WORDS_AND_BETWEEN = r"\p{L}+|\p{N}+|[^\p{L}\p{N}]+"
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 1024,
+    "vocab_size": 768,
     "hidden_size": 128,
     "intermediate_size": 320,
     "num_hidden_layers": 4,
@@ -57,7 +57,7 @@ class Config:
     """Folder for the corpus and the pretraining run."""
     output: Path = BASE
     """Where the finished checkpoint goes."""
-    documents: int = 80_000
+    documents: int = 120_000
     """Texts to write."""
     seed: int = 0
     """Seed of the texts and of the training."""
@@ -80,7 +80,7 @@ def main(cfg: Config) -> None:
             output=cfg.work / "run",
             seq_len=192,
             batch_size=4,
-            lr=1.5e-3,
+            lr=2e-3,
             warmup_steps=100,
             activations="none",
             device="cpu",
@@ -289,7 +289,7 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-KINDS: dict[Callable[[Random], str], float] = {story: 1, questions: 4, note: 5, drill: 2, copying: 12}
+KINDS: dict[Callable[[Random], str], float] = {story: 1, questions: 4, note: 6, drill: 1, copying: 8}
 
 
 if __name__ == "__main__":

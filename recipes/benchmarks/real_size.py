@@ -58,7 +58,7 @@ def measure(cfg: Config, scratch: Path) -> dict:
         "date": time.strftime("%Y-%m-%d"),
         "gpu": gpu.name,
         "torch": torch.__version__,
-        "command": "python recipes/benchmarks/real_size.py " + " ".join(sys.argv[1:]),
+        "command": f"python recipes/benchmarks/real_size.py --tokenizer {cfg.tokenizer.name} --data {cfg.data.name}",
         "runs": [],
     }
     for preset in ("llama-3.2-1b", "llama-3.1-8b"):
@@ -72,7 +72,8 @@ def measure(cfg: Config, scratch: Path) -> dict:
     )
     print(f"load 8B to NF4: {load}", flush=True)
 
-    common = ["--data", cfg.data, "--prompt-field", "question", "--completion-field", "answer"]
+    copyfile(cfg.data, scratch / "train.jsonl")
+    common = ["--data", scratch / "train.jsonl", "--prompt-field", "question", "--completion-field", "answer"]
     packed = ["--packing", "--seq-len", 2048, "--train-on", "all", "--max-steps", 50, "--lr", 5e-4]
     for preset, batch in (("llama-3.2-1b", 4), ("llama-3.1-8b", 2)):
         for quantize in ("none", "nf4"):
