@@ -20,6 +20,7 @@ from pathlib import Path
 import tiktoken
 
 from data.bpe import BYTE_OF, byte_alphabet, merge, read_merges
+from data.unicode_nfc import compose
 
 Span = tuple[int, int]
 
@@ -36,18 +37,6 @@ FOREIGN_SYNTAX = re.compile(r"(?<!\\)\$|(?<![\[\\])\^|\\[wWbBhHRXZG]|\[\[:")
 
 WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(f"[{WHITE_SPACE}]{{100000,}}")
-
-# Characters that `tokenizers` cannot compose: newer than its table for NFC, which is that of Unicode 10.
-NOT_COMPOSED = re.compile(
-    "([\u05c8\u05c9\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b\u0d3c\u0eba\u1715\u1abf-\u1af0\u1df6-\u1dfa"
-    "\ua82c\U000105d2\U000105da\U00010d24-\U00010d27\U00010d69-\U00010d6d\U00010eab\U00010eac\U00010ecb-\U00010ecf"
-    "\U00010ef0-\U00010eff\U00010f46-\U00010f50\U00010f82-\U00010f85\U00011070\U0001133b\U00011380-\U000113d0"
-    "\U0001145e\U00011839\U0001183a\U00011930-\U0001193e\U00011943\U000119e0\U00011a34\U00011a47\U00011a99"
-    "\U00011d42-\U00011d45\U00011d97\U00011f41\U00011f42\U00016100-\U0001612f\U00016d63-\U00016d6a\U00016ff0"
-    "\U00016ff1\U0001d127\U0001d128\U0001d250-\U0001d281\U0001e08f\U0001e130-\U0001e136\U0001e2ae"
-    "\U0001e2ec-\U0001e2ef\U0001e4ec-\U0001e4ef\U0001e5ee\U0001e5ef\U0001e6e3\U0001e6e6\U0001e6ee\U0001e6ef"
-    "\U0001e6f5])"
-)
 
 
 class ByteLevelBPE:
@@ -73,7 +62,7 @@ class ByteLevelBPE:
         self.unk_token, self.fuse_unk = unk_token, fuse_unk
         self.add_prefix_space, self.nfc = add_prefix_space, nfc
         self.merge_ranks = {pair: rank for rank, pair in enumerate(merges or [])}
-        self.is_llama3 = ranks is not None  # a rank file comes without names
+        self.is_rank_file = ranks is not None
         if ranks is None:
             ranks = tiktoken_ranks(vocab, merges, ignore_merges)
 
@@ -84,6 +73,7 @@ class ByteLevelBPE:
         self.token_of_rank = {rank: token for token, rank in (ranks or {}).items()}
         alphabet = byte_alphabet()
         self.id_of_rank = {r: vocab["".join([alphabet[b] for b in t])] for r, t in self.token_of_rank.items()}
+        self.splits_spaces = r"\s++(?!" in split
         self.splits_digits, self.splits_newlines = NUMERAL in split, r"[\r\n]" in split
         # For the slow path: gives the bytes of the first word of a text and nothing of the others.
         self.first_word = self._encoding(rf"\A(?:{split})", {bytes([byte]): byte for byte in range(256)})
@@ -124,7 +114,7 @@ class ByteLevelBPE:
         """`text` cut after huge runs of spaces, less the last one, where words end anyway: tiktoken's regex
         needs a stack entry per space there, and there are a million of those."""
         parts, start = [], 0
-        for run in LONG_SPACE.finditer(text) if len(text) > 100_000 else ():
+        for run in LONG_SPACE.finditer(text) if self.splits_spaces and len(text) > 100_000 else ():
             last, following = text[run.end() - 1], text[run.end() : run.end() + 1]
             is_one_word = (
                 not following
@@ -241,32 +231,6 @@ def tiktoken_ranks(
     return {bytes([BYTE_OF[char] for char in token]): rank for token, rank in ranks.items()}
 
 
-def compose(text: str) -> tuple[str, list[Span] | None]:
-    """`text` in Unicode's composed form (NFC) and, if that changed it, the span that each new character stands for."""
-    if unicodedata.is_normalized("NFC", text) and not NOT_COMPOSED.search(text):
-        return text, None
-    out: list[str] = []
-    spans: list[Span] = []
-    start = 0
-    while start < len(text):
-        stop = start + 1
-        if not NOT_COMPOSED.match(text[start]):
-            while stop < len(text) and _joins_previous(text[stop]):
-                stop += 1
-        new = unicodedata.normalize("NFC", text[start:stop])
-        changed = new != text[start:stop]
-        spans += [(start, stop)] * len(new) if changed else [(i, i + 1) for i in range(start, stop)]
-        out.append(new)
-        start = stop
-    return "".join(out), spans
-
-
-def _joins_previous(char: str) -> bool:
-    """Whether composing may draw `char` to what stands before it: marks, vowel signs, the jamo of a syllable."""
-    mark = unicodedata.combining(char) or unicodedata.category(char)[0] == "M" or "\u1160" <= char <= "\u11ff"
-    return bool(mark) and not NOT_COMPOSED.match(char)
-
-
 def _char_of_each_byte(text: str) -> list[int]:
     return [i for i, char in enumerate(text) for _ in range(len(char.encode()))]
 
@@ -279,6 +243,8 @@ def from_rank_file(path: Path) -> ByteLevelBPE:
     except ValueError as error:
         raise ValueError(f"{path} is neither a SentencePiece model nor a tiktoken rank file: {error}") from None
     alphabet = byte_alphabet()
+    if not ranks.keys() >= {bytes([byte]) for byte in range(256)}:
+        raise ValueError(f"{path} lacks some of the 256 single bytes; is it truncated?")
     vocab = {"".join([alphabet[byte] for byte in token]): rank for token, rank in ranks.items()}
     return ByteLevelBPE(vocab, LLAMA3_SPLIT, ranks=ranks)
 
@@ -314,5 +280,5 @@ def _split_pattern(pre_tokenizer: dict, where: str) -> tuple[str, bool]:
             return rf"{pattern}|(?:(?!{pattern})[\s\S])+", False  # what lies between the matches is a word, too
     raise ValueError(
         f"{where}: pre_tokenizer {json.dumps(pre_tokenizer)} is not supported (supported: ByteLevel; Digits and "
-        "ByteLevel; Split by a regex and ByteLevel(use_regex=false))"
+        "ByteLevel; Split by a regex without ^, $, \\w or \\b, and ByteLevel(use_regex=false))"
     )

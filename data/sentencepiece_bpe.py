@@ -22,11 +22,14 @@ CACHED_WORDS = 200_000
 
 
 class MetaspaceBPE:
-    """BPE over characters with byte fallback. `prepend` is "never", "first" (only before the beginning of the whole
-    text) or "always" (before every stretch between special tokens)."""
+    """BPE over characters with byte fallback.
+
+    `prepend`: where a Metaspace pre-tokenizer puts a "▁" that is not there yet: "never", "first" (before the beginning
+    of the whole text) or "always" (before every stretch between special tokens). None: there is no Metaspace.
+    """
 
     def __init__(
-        self, model: dict, merges: list[tuple[str, str]], *, normalizers: list[dict], prepend: str, split: bool
+        self, model: dict, merges: list[tuple[str, str]], *, normalizers: list[dict], prepend: str | None, split: bool
     ):
         self.vocab = model["vocab"]
         self.unk_token, self.fuse_unk = model.get("unk_token"), model.get("fuse_unk", False)
@@ -86,7 +89,7 @@ class MetaspaceBPE:
             as_bytes = [f"<0x{byte:02X}>" for byte in char.encode()]
             if char in self.vocab:
                 new = [char]
-            elif self.byte_fallback and all(token in self.vocab for token in as_bytes):
+            elif self.byte_fallback and as_bytes[0] in self.vocab:
                 new = as_bytes
             elif self.unk_token is None:
                 new = []  # such a character vanishes, as it does in `tokenizers`
@@ -122,15 +125,15 @@ def from_json(spec: dict, where: str) -> MetaspaceBPE:
             )
         always = "always" if pre_tokenizer.get("add_prefix_space", True) else "never"
         prepend, split = pre_tokenizer.get("prepend_scheme", always), pre_tokenizer.get("split", True)
+    if sum(f"<0x{byte:02X}>" in spec["model"]["vocab"] for byte in range(256)) not in (0, 256):
+        raise ValueError(f"{where}: the vocabulary has only some of the 256 byte tokens, <0x00> to <0xFF>")
     return MetaspaceBPE(
         spec["model"], read_merges(spec["model"], where), normalizers=steps, prepend=prepend, split=split
     )
 
 
 class SentencePieceModel:
-    """A tokenizer.model. `prepend` as above, in the manner of transformers 5 (no second "▁" where one stands);
-    "model": what the model itself says, for every stretch between special tokens.
-    """
+    """A tokenizer.model. `prepend` as above, for models that are trained with a "▁" in front of every text."""
 
     def __init__(self, path: Path, prepend: str):
         proto = path.read_bytes()
@@ -140,13 +143,15 @@ class SentencePieceModel:
             self.without_mark = sentencepiece.SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except RuntimeError as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
+        if not proto:
+            raise ValueError(f"{path} is empty, expected a SentencePiece model or tiktoken's ranks; copy it again")
         self.prepend = prepend
         model = self.with_mark
         self.vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
         self.control_tokens = [piece for piece, i in self.vocab.items() if model.is_control(i) or model.is_unknown(i)]
         roles = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id(), "unk": model.unk_id()}
         self.names = {f"{role}_token": model.id_to_piece(i) for role, i in roles.items() if i >= 0}
-        never = prepend == "never" or (prepend == "model" and model.encode("a") == self.without_mark.encode("a"))
+        never = prepend == "never" or model.encode("a") == self.without_mark.encode("a")
         self.decoder = {"type": "Sequence", "decoders": DECODER if never else [*DECODER, STRIP]}
 
     def normalize(self, text: str) -> tuple[str, list[Span] | None]:
@@ -155,7 +160,6 @@ class SentencePieceModel:
     def encode(self, text: str, at_start: bool, want_spans: bool) -> tuple[list[int], list[Span]]:
         """Ids of a text without special tokens and, if wanted, the characters that each covers."""
         marked = self.prepend == "always" or (self.prepend == "first" and at_start)
-        marked = self.prepend == "model" or (marked and not text.startswith((" ", MARK)))
         model = self.with_mark if marked else self.without_mark
         if not want_spans:
             return model.encode(text), []

@@ -5,51 +5,32 @@
 
 Where the ids come from, in this order:
 
-| in the folder | read as | reference |
-|---|---|---|
-| tokenizer.json, byte-level BPE | tiktoken, data/byte_level_bpe.py | `tokenizers` |
-| tokenizer.json, BPE with "▁" | data/sentencepiece_bpe.py | `tokenizers` |
-| tokenizer.model, tiktoken's rank file | tiktoken, Llama 3's pattern | tiktoken |
-| tokenizer.model + tokenizer_config.json of a LlamaTokenizer | sentencepiece, prefix as `legacy` says | transformers 5 |
-| tokenizer.model | sentencepiece, for each stretch between special tokens | sentencepiece |
+    in the folder                          read by                                    equal to
+    tokenizer.json, byte-level BPE         byte_level_bpe.ByteLevelBPE (tiktoken)     `tokenizers`
+    tokenizer.json, BPE with "▁"           sentencepiece_bpe.MetaspaceBPE             `tokenizers`
+    tokenizer.model, tiktoken's ranks      byte_level_bpe.ByteLevelBPE (tiktoken)     tiktoken with Llama 3's pattern
+    tokenizer.model, SentencePiece         sentencepiece_bpe.SentencePieceModel       `sentencepiece`
 
-A tokenizer.json is taken at its word, as `tokenizers` takes it. transformers 5 does not always do so: for some classes
-(LlamaTokenizer, GPT2Tokenizer) it keeps the vocabulary and writes the rest anew.
+Each file is taken at its word. transformers 5 does not always do so: for some classes (LlamaTokenizer, GPT2Tokenizer)
+it takes only the vocabulary and the rules from a tokenizer.json and writes the rest anew, and from a SentencePiece
+model it takes the pieces but not their scores, which changes how runs of spaces, thus indented code, are split.
 """
 
 import json
 import re
-import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from data import byte_level_bpe, sentencepiece_bpe
+from data.added_tokens import NAMED, AddedToken, Finder, content_of, read_json, with_tokens_of_config
 from data.bpe import check_decoder, join_tokens
-from data.byte_level_bpe import WHITE_SPACE
 
 Span = tuple[int, int]
-
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # Llama 3.1's 256 special tokens follow its 128,000 ranks; the rest are <|reserved_special_token_3|> and up.
 LLAMA3_SPECIAL = """<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> <|reserved_special_token_1|>
 <|finetune_right_pad_id|> <|reserved_special_token_2|> <|start_header_id|> <|end_header_id|> <|eom_id|> <|eot_id|>
 <|python_tag|>""".split()
 LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(3, 248)]
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is found in the text before anything else happens to it; the fields are tokenizer.json's."""
-
-    content: str
-    id: int
-    special: bool = True  # left out when decoding
-    normalized: bool = False  # looked for in the normalized text
-    lstrip: bool = False  # swallows the white space before it
-    rstrip: bool = False  # … and behind it
-    single_word: bool = False  # only where no letter or digit touches it
 
 
 class Tokenizer:
@@ -70,14 +51,15 @@ class Tokenizer:
         self.model, self.decoder = model, decoder
         self.special_tokens = {token.content: token.id for token in added}
         self.control_tokens = {token.content: token.id for token in added if token.special}
-        self.token_of_id = {i: token for token, i in model.vocab.items()} | {t.id: t.content for t in added}
+        self.token_of_id = {i: token for token, i in model.vocab.items()}
+        self.token_of_id |= {t.id: model.normalize(t.content)[0] if t.normalized else t.content for t in added}
         self.vocab_size = max(self.token_of_id) + 1
         self.bos_id: int | None = None
         self.eos_id: int | None = None
         self.pad_id: int | None = None
         self.adds_bos = self.adds_eos = False
-        self._literal = _Finder({token.content: token for token in added if not token.normalized})
-        self._normalized = _Finder({model.normalize(t.content)[0]: t for t in added if t.normalized})
+        self._literal = Finder({token.content: token for token in added if not token.normalized})
+        self._normalized = Finder({model.normalize(t.content)[0]: t for t in added if t.normalized})
         self._control_ids = set(self.control_tokens.values())
 
     def encode(self, text: str) -> list[int]:
@@ -141,51 +123,15 @@ class Tokenizer:
         return ids, spans if want_spans else []
 
 
-class _Finder:
-    """Cuts a text at added tokens: leftmost first, the longest where several begin, as `tokenizers` does."""
-
-    def __init__(self, tokens: dict[str, AddedToken]):
-        self.tokens = tokens
-        longest_first = sorted((content for content in tokens if content), key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-    def split(self, text: str) -> Iterator[tuple[int, int, AddedToken | None]]:
-        """Consecutive (start, end, token or None), none of them empty."""
-        done = 0
-        for match in self.pattern.finditer(text) if self.pattern else ():
-            token, start, stop = self.tokens[match[0]], match.start(), match.end()
-            if token.single_word and (_is_word(text[start - 1 : start]) or _is_word(text[stop : stop + 1])):
-                continue
-            if token.lstrip:
-                start = max(done, len(text[:start].rstrip(_SPACES)))
-            if token.rstrip:
-                stop = len(text) - len(text[stop:].lstrip(_SPACES))
-            if done < start:
-                yield done, start, None
-            yield start, stop, token
-            done = stop
-        if done < len(text):
-            yield done, len(text), None
-
-
-def _is_word(char: str) -> bool:
-    """What `\\w` means in `tokenizers`: letters, marks, digits and connectors; not of an empty string."""
-    return char in ("\u200c", "\u200d") or (char != "" and unicodedata.category(char)[:2] in _WORD)
-
-
-_WORD = ("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc")
-_SPACES = "".join(chr(i) for i in range(0x3001) if re.match(f"[{WHITE_SPACE}]", chr(i)))
-
-
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint's folder.
 
     Raises FileNotFoundError if there is none and ValueError, naming the file, for one of an unknown kind.
     """
     folder = Path(folder)
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:  # before 2023-08 the tokens' names stood in a file of their own
-        config = config | _read_json(folder / "special_tokens_map.json")
+        config = config | read_json(folder / "special_tokens_map.json")
     around: tuple[list[int], list[int]] | None = None  # the special ids before and behind a text
     if (folder / "tokenizer.json").is_file():
         model, decoder, added, around = _from_json(folder / "tokenizer.json")
@@ -193,13 +139,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         model, decoder, added = _from_model_file(folder / "tokenizer.model", config)
     else:
         raise FileNotFoundError(
-            f"no tokenizer in {folder}: looked for tokenizer.json and tokenizer.model; copy them from the base checkpoint"
+            f"no tokenizer in {folder}: looked for tokenizer.json and tokenizer.model; "
+            "copy them there from the checkpoint it was made from"
         )
-    is_bare = around is None and not (folder / "tokenizer_config.json").is_file()
-    names = {name: _content(config.get(name)) or _default_name(name, config, model) for name in NAMED}
-    tokenizer = Tokenizer(model, decoder, _with_tokens_of_config(added, model.vocab, folder, config, names))
+    names = {name: content_of(config.get(name)) or _default_name(name, config, model) for name in NAMED}
+    tokenizer = Tokenizer(model, decoder, with_tokens_of_config(added, model.vocab, folder, config, names))
 
-    generation = _read_json(folder / "config.json") | _read_json(folder / "generation_config.json")
+    generation = read_json(folder / "config.json") | read_json(folder / "generation_config.json")
     for name in ("bos", "eos", "pad"):
         token = names[f"{name}_token"]
         last_resort = generation.get(f"{name}_token_id") if f"{name}_token" not in config else None
@@ -217,19 +163,23 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
                 f"supported are one BOS and the EOS ({tokenizer.eos_id})"
             )
     else:
-        # A bare tokenizer.model is as Meta published it, and its own code began every text with BOS.
-        tokenizer.adds_bos = tokenizer.bos_id is not None and bool(config.get("add_bos_token", is_bare))
+        # transformers 5 adds a BOS only where tokenizer_config.json says so. As Meta published them, though, neither
+        # Llama 2's nor Llama 3's tokenizer.model has such a file, and both begin every text with BOS.
+        as_published = (
+            isinstance(model, byte_level_bpe.ByteLevelBPE) or not (folder / "tokenizer_config.json").is_file()
+        )
+        tokenizer.adds_bos = tokenizer.bos_id is not None and bool(config.get("add_bos_token", as_published))
         tokenizer.adds_eos = tokenizer.eos_id is not None and bool(config.get("add_eos_token", False))
     return tokenizer
 
 
 def _from_json(path: Path) -> tuple:
     """(model, decoder, added tokens, special ids around a text) of a tokenizer.json."""
-    spec = _read_json(path)
+    spec = read_json(path)
     model = spec.get("model") or {}
-    kind = model.get("type", "BPE" if "merges" in model else "of an unknown type")
+    kind = model.get("type", "BPE" if "merges" in model else None)
     if kind != "BPE":
-        raise ValueError(f"{path} holds a {kind} tokenizer; supported is BPE (Llama, Qwen, GPT-2 …)")
+        raise ValueError(f"{path} holds a tokenizer of type {kind}; only BPE (Llama, Qwen, GPT-2 …) is supported")
     for key, normal in (
         ("dropout", (None, 0)),
         ("continuing_subword_prefix", (None, "")),
@@ -254,11 +204,12 @@ def _from_model_file(path: Path, config: dict) -> tuple:
         first = max(model.vocab.values()) + 1
         added = [AddedToken(token, first + i) for i, token in enumerate(LLAMA3_SPECIAL)]
         return model, {"type": "ByteLevel"}, [] if config.get("added_tokens_decoder") else added
-    prepend = "model"
-    if config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        prepend = "always" if config.get("legacy", False) else "first"
-        if config.get("add_prefix_space") is False:
-            prepend = "never"
+    # Does a "▁" go before the text behind a special token, too? transformers 5 says no unless `legacy`. Meta's own code
+    # encodes each part of a chat by itself and so says yes, which is what a folder without a declared class gets.
+    is_llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    prepend = "always" if config.get("legacy", not is_llama) else "first"
+    if config.get("add_prefix_space") is False:
+        prepend = "never"
     model = sentencepiece_bpe.SentencePieceModel(path, prepend)
     return model, model.decoder, [AddedToken(token, model.vocab[token]) for token in model.control_tokens]
 
@@ -284,58 +235,11 @@ def _default_name(name: str, config: dict, model: object) -> str | None:
     """What a token is called that tokenizer_config.json does not mention."""
     if name in config and config[name] is None:
         return None
-    llama = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if isinstance(model, sentencepiece_bpe.SentencePieceModel):
         return model.names.get(name)
-    if isinstance(model, sentencepiece_bpe.MetaspaceBPE):
-        return llama.get(name) if str(config.get("tokenizer_class")).startswith("LlamaTokenizer") else None
-    llama3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-    return llama3.get(name) if model.is_llama3 else None
-
-
-def _with_tokens_of_config(
-    added: list[AddedToken], vocab: dict[str, int], folder: Path, config: dict, names: dict[str, str | None]
-) -> list[AddedToken]:
-    """`added` and the tokens that only the files beside it know: listed with their ids, or only named."""
-    found = {token.content: token for token in added}
-    flags = ("normalized", "lstrip", "rstrip", "single_word")
-    listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    extra = list(extra.values()) if isinstance(extra, dict) else extra
-    named = [config.get(name) if _content(config.get(name)) else names[name] for name in NAMED]
-    named = [token for token in [*named, *extra] if _content(token)]
-    if not listed:  # the older way: added_tokens.json, in which only the named ones are special
-        special = {_content(token) for token in named}
-        for content, i in _read_json(folder / "added_tokens.json").items():
-            plain = content not in special
-            listed[i] = {"content": content, "special": not plain, "normalized": plain}
-
-    for i, token in sorted(listed.items()):
-        if token["content"] not in found:
-            options = {key: token.get(key, False) for key in (*flags, "special")}
-            found[token["content"]] = AddedToken(token["content"], vocab.get(token["content"], i), **options)
-    for token in named:
-        content = _content(token)
-        if content not in found:
-            # A token that has no id yet gets the next one, which is where transformers puts it, too.
-            free = max([*vocab.values(), *(t.id for t in found.values())]) + 1
-            options = {key: token.get(key, False) for key in flags} if isinstance(token, dict) else {}
-            found[content] = AddedToken(content, vocab.get(content, free), **options)
-    return list(found.values())
-
-
-def _content(token: str | dict | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _read_json(path: Path) -> dict:
-    """A JSON object, empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
+    names = {}
+    if isinstance(model, byte_level_bpe.ByteLevelBPE) and model.is_rank_file:
+        names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    elif str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return names.get(name)
