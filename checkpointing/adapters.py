@@ -21,6 +21,9 @@ PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # Features of PEFT's LoraConfig that change the arithmetic and that LoRALinear does not have.
 UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "use_qalora")
+UNSUPPORTED += ("alora_invocation_tokens", "use_bdlora", "kasa_config", "monteclora_config")
+# Ways to begin that take a part of the base weight away: the adapter then belongs to another base than the published.
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_adapter(folder: Path, model: nn.Module, *, base: str, chat_template: str | None = None) -> None:
@@ -80,6 +83,13 @@ def read_adapter(folder: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
         raise ValueError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
     if found := [key for key in UNSUPPORTED if config.get(key)]:
         raise ValueError(f"{folder / CONFIG} uses {', '.join(found)}, which plain LoRA does not have")
+    if str(begin := config.get("init_lora_weights")).lower().startswith(OTHER_BASE):
+        raise ValueError(
+            f"{folder / CONFIG}: init_lora_weights {begin!r} changed the base weights, too; save it from peft with "
+            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        )
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise ValueError(f"{folder / CONFIG}: lora_alpha is {config.get('lora_alpha')!r}, expected a number")
     try:
         with safe_open(folder / TENSORS, framework="pt") as file:
             tensors = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}
@@ -90,7 +100,10 @@ def read_adapter(folder: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
         pair = {key for key in tensors if key.startswith(f"{name}.lora_")}
         if pair != {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}:
             raise ValueError(f"{folder / TENSORS}: {name} has {sorted(pair)}, expected lora_A.weight and lora_B.weight")
-        rank = tensors[f"{name}.lora_A.weight"].shape[0]
+        shapes = [tuple(tensors[f"{name}.lora_{x}.weight"].shape) for x in "AB"]
+        if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
+            raise ValueError(f"{folder / TENSORS}: {name} has A {shapes[0]} and B {shapes[1]}, which share no rank")
+        rank = shapes[0][0]
         alpha = _pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
         # rank-stabilised LoRA (arXiv:2312.03732) divides by √r: the same as a larger alpha
         settings[name] = {"rank": rank, "alpha": alpha * rank**0.5 if config.get("use_rslora") else alpha}

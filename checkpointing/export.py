@@ -53,7 +53,7 @@ def write_companions(
 ) -> None:
     """config.json, with the weights' dtype, and the source's generation config, tokenizer and template files.
 
-    `chat_template`, if given, is written where the source has none.
+    `chat_template`, if given, takes the place of the source's own: it is the one that was trained with.
     """
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config = config | {key: str(dtype).removeprefix("torch.")}
@@ -61,7 +61,7 @@ def write_companions(
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if chat_template is not None and not (folder / "chat_template.jinja").exists():
+    if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 

@@ -5,10 +5,11 @@ Every line follows `AddedVocabulary` of the `tokenizers` library.
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import tiktoken
 
 from data.byte_level_bpe import WHITE_SPACE
 
@@ -56,11 +57,11 @@ class Finder:
 
 
 def _is_word(char: str) -> bool:
-    """What `\\w` means in `tokenizers`: letters, marks, digits and connectors; not of an empty string."""
-    return char in ("\u200c", "\u200d") or (char != "" and unicodedata.category(char)[:2] in _WORD)
+    """Whether a character is `\\w`, which the three regex engines at hand define differently; "" is not."""
+    return bool(_WORD.encode_ordinary(char))
 
 
-_WORD = ("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc")
+_WORD = tiktoken.Encoding("", pat_str=r"\w", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
 _SPACES = "".join(chr(i) for i in range(0x3001) if re.match(f"[{WHITE_SPACE}]", chr(i)))
 
 

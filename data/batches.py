@@ -69,6 +69,7 @@ class Batches:
         self.dataset, self.batch_size, self.grad_accum = dataset, batch_size, grad_accum
         self.packing, self.seq_len = packing, seq_len
         self.shuffle, self.seed = shuffle, seed
+        # No token sees padding, so any id will do; the tokenizer's own may have no row in the model's embedding.
         self.pad_id, self.pad_multiple = pad_id, pad_multiple
         self._plan: tuple[int, list[list[list[int]]]] | None = None
 
@@ -157,6 +158,7 @@ def fit_seq_len(asked: int | None, max_length: int) -> int:
         raise ValueError(f"--seq-len {asked} leaves no token to predict; it must be at least 2")
     if asked > max_length:
         raise ValueError(
-            f"--seq-len {asked} exceeds this model's {max_length} positions; lower it or set rope scaling in config.json"
+            f"--seq-len {asked} exceeds this model's {max_length} positions; "
+            "lower it or set rope scaling in config.json"
         )
     return asked

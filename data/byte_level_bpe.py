@@ -217,14 +217,12 @@ def tiktoken_ranks(
         words = [token for token in vocab if token not in ranks and BYTE_OF.keys() >= set(token)]
         ranks |= {token: rank for rank, token in enumerate(words, start=256 + len(merges))}
         unmade = {t: [(t[:i], t[i:]) for i in range(1, len(t))] for t in [*unmade, *words]}
-    late = False  # can a token still be made once its own turn is over, by one pair of parts that were made later?
-    for token, pairs in unmade.items():
-        rank = ranks.get(token, math.inf)
-        met = [pair for pair in pairs if pair[0] in halves and pair[1] in halves and meet(*pair, rank)]
-        if len(met) > 1:
-            return None
-        late = late or bool(met)
-    if late:  # then what such a token meets is not known; it does not matter if every possible pair is on the list
+    late = any(  # made once its own turn is over, of parts that were made later?
+        left in halves and right in halves and meet(left, right, ranks.get(token, math.inf))
+        for token, pairs in unmade.items()
+        for left, right in pairs
+    )
+    if late:  # what such a token meets is not known, which does not matter if every possible pair is on the list
         possible = sum(t[:i] in vocab and t[i:] in vocab for t in vocab for i in range(1, len(t)))
         if not ignore_merges or possible != len(set(merges)):
             return None

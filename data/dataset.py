@@ -110,7 +110,7 @@ class TokenizedDataset:
         return self.input_ids[start:end], self.targets[start:end]
 
     def check_vocabulary(self, size: int) -> None:
-        """Raise ValueError if a token has no row in the model's embedding: tokenizer and weights do not belong together."""
+        """Raise ValueError if a token has no row in the model's embedding: tokenizer and weights do not match."""
         if (largest := int(self.input_ids.max())) >= size:
             raise ValueError(
                 f"{self.report.path} contains token id {largest}, but the model has {size} embeddings: "

@@ -139,10 +139,9 @@ class Attention(nn.Module):
 
 
 def _causal(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:
-    if q_BNTH.is_cuda and q_BNTH.dtype in (
-        torch.bfloat16,
-        torch.float16,
-    ):  # flash reads shared heads in place
+    # Flash reads shared heads in place. Cards without bfloat16 (T4, V100) lack it, and there only the kernel that keeps
+    # all T × T scores takes shared heads: in float16 they are repeated.
+    if q_BNTH.is_cuda and q_BNTH.dtype == torch.bfloat16:
         return F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, is_causal=True, enable_gqa=True)
     k_BNTH, v_BNTH = _repeat_heads(k_BKTH, q_BNTH), _repeat_heads(v_BKTH, q_BNTH)
     return F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True)

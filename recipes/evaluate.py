@@ -21,6 +21,7 @@ from tqdm import tqdm
 from checkpointing.adapters import load_adapter
 from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
+from checkpointing.run_record import plain
 from data.batches import Batches
 from data.chat_templates import load_chat_template
 from data.dataset import load_dataset
@@ -85,12 +86,12 @@ def main(cfg: Config) -> None:
     load_weights(model, WeightFiles(folder), device=device, dtype=dtype)
     if cfg.adapter:
         load_adapter(model, cfg.adapter)
-    batches = Batches(dataset, batch_size=cfg.batch_size, pad_id=tokenizer.pad_id or 0)
+    batches = Batches(dataset, batch_size=cfg.batch_size)
     progress = tqdm(batches.one_epoch(), total=len(batches.plan(0)), unit="batch", disable=None)
     loss, tokens = evaluate_loss(model, progress, device, dtype)
     # beyond e^700 a float overflows; such a model knows nothing anyway
-    perplexity = math.exp(loss) if loss < 700 else float("inf")
-    print(json.dumps({"loss": loss, "perplexity": perplexity, "tokens": tokens}))
+    perplexity = float("inf") if loss > 700 else math.exp(loss)
+    print(json.dumps(plain({"loss": loss, "perplexity": perplexity, "tokens": tokens})))  # JSON has no NaN
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         for line in loaded.report.lines():
             say(line)
     # Few different lengths on CUDA, where each one may cost a compilation.
-    padding = dict(pad_id=tokenizer.pad_id or 0, pad_multiple=1 if device.type == "cpu" else 64)
+    padding = dict(pad_multiple=1 if device.type == "cpu" else 64)
     batches = Batches(
         dataset,
         batch_size=cfg.batch_size,
@@ -204,6 +204,8 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 7 Optimizer and schedule
+    if cfg.max_grad_norm < 0:
+        raise ValueError(f"--max-grad-norm {cfg.max_grad_norm} is negative; 0 leaves gradients as they are")
     optimizer = build_adamw(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -241,7 +243,8 @@ def train(cfg: Config, run: RunFolder) -> None:
     bar = tqdm(total=total_steps, initial=progress["step"], unit="step", disable=None)
 
     def evaluate() -> None:
-        loss, _ = evaluate_loss(model, eval_batches.one_epoch(), device, dtype)
+        with autocast:
+            loss, _ = evaluate_loss(model, eval_batches.one_epoch(), device, dtype)
         loggers.log({"step": progress["step"], "eval_loss": loss})
         run.log({"step": progress["step"], "eval_loss": loss})
         sample = sample_completion(model, eval_dataset, tokenizer, stop_ids)

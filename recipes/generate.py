@@ -58,6 +58,8 @@ class Config:
 def main(cfg: Config) -> None:
     if cfg.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} must be at least 1")
+    if cfg.temperature < 0:
+        raise ValueError(f"--temperature {cfg.temperature} is negative; 0 is greedy")
     device = pick_device(cfg.device)
     folder = find_checkpoint(cfg.model)
     model = build_model(read_config(folder))
@@ -74,7 +76,8 @@ def main(cfg: Config) -> None:
     if template is None:
         if cfg.system:
             raise ValueError("--system needs a chat template: this prompt is continued as plain text")
-        print("no chat template: continuing the prompt as plain text", file=sys.stderr)
+        if not cfg.raw:
+            print("no chat template: continuing the prompt as plain text", file=sys.stderr)
         prompt = tokenizer.encode_prompt(cfg.prompt)
     else:
         messages = [{"role": "system", "content": cfg.system}] if cfg.system else []

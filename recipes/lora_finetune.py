@@ -5,8 +5,8 @@
 
 Trains low-rank additions to the frozen linear layers of every block (arXiv:2106.09685), over a base in 4 bits with
 `--quantize nf4` (arXiv:2305.14314). The result, OUTPUT/adapter, is in PEFT's format: generate.py, evaluate.py and
-merge.py here take it, and so do peft and vLLM. Tokens per second, peak memory and losses on named hardware stand in
-recipes/README.md.
+merge.py here take it, and so do peft and vLLM. Tokens per second and peak memory on named hardware stand in README.md,
+losses in recipes/benchmarks/.
 """
 
 import sys
@@ -101,8 +101,8 @@ class Config:
     """Dropout on the adapters' input."""
     targets: tuple[str, ...] = ALL_LINEAR
     """Layers to adapt, by name: q_proj, self_attn.q_proj, lm_head, or a full name."""
-    adapter_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision in which adapters and their optimizer states are kept."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which adapters are kept; bfloat16 ones are updated with stochastic rounding."""
     quantize: Literal["none", "nf4"] = "none"
     """Keep the frozen linear layers of the blocks in 4 bits."""
     activations: Literal["none", "lean"] = "lean"
@@ -172,7 +172,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         for line in loaded.report.lines():
             say(line)
     # Few different lengths on CUDA, where each one may cost a compilation.
-    padding = dict(pad_id=tokenizer.pad_id or 0, pad_multiple=1 if device.type == "cpu" else 64)
+    padding = dict(pad_multiple=1 if device.type == "cpu" else 64)
     batches = Batches(
         dataset,
         batch_size=cfg.batch_size,
@@ -221,6 +221,8 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 7 Optimizer and schedule
+    if cfg.max_grad_norm < 0:
+        raise ValueError(f"--max-grad-norm {cfg.max_grad_norm} is negative; 0 leaves gradients as they are")
     optimizer = build_adamw(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -257,7 +259,8 @@ def train(cfg: Config, run: RunFolder) -> None:
     bar = tqdm(total=total_steps, initial=progress["step"], unit="step", disable=None)
 
     def evaluate() -> None:
-        loss, _ = evaluate_loss(model, eval_batches.one_epoch(), device, dtype)
+        with autocast:
+            loss, _ = evaluate_loss(model, eval_batches.one_epoch(), device, dtype)
         loggers.log({"step": progress["step"], "eval_loss": loss})
         run.log({"step": progress["step"], "eval_loss": loss})
         sample = sample_completion(model, eval_dataset, tokenizer, stop_ids)

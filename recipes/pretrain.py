@@ -162,7 +162,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         for line in loaded.report.lines():
             say(line)
     # Few different lengths on CUDA, where each one may cost a compilation.
-    padding = dict(pad_id=tokenizer.pad_id or 0, pad_multiple=1 if device.type == "cpu" else 64)
+    padding = dict(pad_multiple=1 if device.type == "cpu" else 64)
     batches = Batches(
         dataset,
         batch_size=cfg.batch_size,
@@ -181,7 +181,9 @@ def train(cfg: Config, run: RunFolder) -> None:
     wide = cfg.master_weights or dtype == torch.float16  # float16 cannot hold an Adam step: weights stay float32
     weight_dtype = torch.float32 if wide else dtype
     if cfg.init == "random":
-        model.to_empty(device=device).to(weight_dtype).init_weights()
+        model.to_empty(device=device).to(weight_dtype)
+        model.tie_weights()  # leaving the meta device made new parameters of head and embedding
+        model.init_weights()
         fingerprint = f"random, seed {cfg.seed}"
     else:
         weights = WeightFiles(folder)
@@ -206,6 +208,8 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 7 Optimizer and schedule
+    if cfg.max_grad_norm < 0:
+        raise ValueError(f"--max-grad-norm {cfg.max_grad_norm} is negative; 0 leaves gradients as they are")
     optimizer = build_adamw(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -243,7 +247,8 @@ def train(cfg: Config, run: RunFolder) -> None:
     bar = tqdm(total=total_steps, initial=progress["step"], unit="step", disable=None)
 
     def evaluate() -> None:
-        loss, _ = evaluate_loss(model, eval_batches.one_epoch(), device, dtype)
+        with autocast:
+            loss, _ = evaluate_loss(model, eval_batches.one_epoch(), device, dtype)
         loggers.log({"step": progress["step"], "eval_loss": loss})
         run.log({"step": progress["step"], "eval_loss": loss})
         sample = sample_completion(model, eval_dataset, tokenizer, stop_ids)

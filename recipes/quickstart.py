@@ -2,9 +2,9 @@
 
     python recipes/quickstart.py
 
-A Llama of a million weights has read stories and notes (recipes/quickstart_base.py made it). Here it is taught a job:
-an order in plain English becomes one line of JSON. It is examined before, after LoRA and after QLoRA, with orders that
-are not in the training data, and an answer counts only if every character is right. The training is that of
+A Llama of a million weights has read stories and notes (recipes/quickstart_base.py made it). Here it is taught a job: a
+sentence in plain English becomes one line of JSON. It is examined before, after LoRA and after QLoRA, with sentences
+that are not in the training data, and an answer counts only if every character is right. The training is that of
 recipes/lora_finetune.py, called with the settings that its command line takes.
 """
 
@@ -34,47 +34,52 @@ from recipes import lora_finetune
 
 BASE = Path(__file__).resolve().parent / "assets" / "quickstart_base"
 
-NAMES = "Ada Ben Dana Emma Finn Hugo Ivan Juan Lara Lin Max Nina Olga Paul Rosa Tom".split()
-CITIES = "Accra Berlin Boston Cork Delhi Geneva Kyoto Lima London Madrid Milan Oslo Prague Rome Tokyo Warsaw".split()
-ITEMS = "apron basket bike bowl card coat desk flag jar lamp mug plate shirt table vase".split()
+NAMES = """Ada Ali Anna Ben Carl Cora Dana Ella Emil Emma Eric Eva Finn Gita Hana Hugo Ida Igor Ivan Jack Jane Juan
+Kai Kofi Lara Leo Lily Lin Luis Mara Max Mei Mia Nina Noah Nora Olga Omar Otto Paul Priya Raj Rosa Sam Sara Tom Vera
+Zoe""".split()
+CITIES = """Accra Athens Berlin Bogota Boston Cairo Cork Dakar Delhi Dublin Geneva Hanoi Kyoto Lagos Lima Lisbon London
+Lyon Madrid Manila Milan Nairobi Oslo Paris Prague Riga Rome Seoul Tokyo Vienna Warsaw Zurich""".split()
+ITEMS = """apron bag ball basket bell belt bike blanket bottle bowl bucket cap card chair clock coat cup curtain desk
+drum fan flag hat jacket jar kettle kite lamp map mirror mug pen pillow plate ring rug shirt sofa spoon table tent towel
+vase wallet""".split()
 COLORS = "black blue brown gray green orange pink purple red silver white yellow".split()
 NUMBERS = "two three four five six seven eight nine ten eleven twelve".split()  # 2 to 12
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-ORDERS = (
-    "{name} from {city} wants {number} {color} {item}s by {day}.",
-    "Please send {number} {color} {item}s to {name} in {city} before {day}.",
-    "Hi, this is {name}. I need {number} {item}s in {color}, delivered to {city} on {day}.",
-    "By {day} we must bring {name} the {number} {color} {item}s; the address is in {city}.",
-    "{city}, for {day}: {number} {item}s, {color}, ordered by {name}.",
-    "Can you ship {number} {color} {item}s to {city} for {day}? Thanks, {name}",
+SENTENCES = (
+    "{name} lives in {city} and has {number} {color} {item}s since {day}.",
+    "On {day} {name} took the train to {city} with {number} {color} {item}s.",
+    "In {city}, {name} sold {number} {item}s on {day}; all of them were {color}.",
+    "The {number} {color} {item}s that {name} found in {city} were gone on {day}.",
+    "{color}, that is how {name} likes the {number} {item}s bought on {day} in {city}.",
+    "It rained in {city} on {day} and the {number} {item}s of {name} got wet, the {color} ones.",
 )
 
 
 @dataclass
 class Config:
     output: Path = Path("runs/quickstart")
-    """Folder for the orders, the two runs and the answers; an earlier quickstart there is replaced."""
+    """Folder for the rows, the two runs and the answers; an earlier quickstart there is replaced."""
     train_rows: int = 1200
-    """Orders to learn from."""
+    """Rows to learn from."""
     held_out_rows: int = 200
-    """Orders to be examined with."""
+    """Rows to be examined with."""
     epochs: int = 4
-    """Passes over the training orders."""
+    """Passes over the training rows."""
     lr: float = 4e-3
     """Peak learning rate: small models like it high."""
     seed: int = 0
-    """Seed of the orders and of the training."""
+    """Seed of the rows and of the training."""
 
 
 def main(cfg: Config) -> None:
     started = time.perf_counter()
     torch.set_num_threads(1)  # matrices this small gain little from more, and one gives the same numbers on any CPU
-    train_file, held_out_file = cfg.output / "orders.jsonl", cfg.output / "held_out.jsonl"
+    train_file, held_out_file = cfg.output / "train.jsonl", cfg.output / "held_out.jsonl"
     if train_file.exists():  # an earlier quickstart's folder
         for name in ("lora", "qlora"):
             discard(cfg.output / name)
-    orders = make_orders(cfg.train_rows + cfg.held_out_rows, cfg.seed)
-    held_out, train = orders[: cfg.held_out_rows], orders[cfg.held_out_rows :]
+    rows = make_rows(cfg.train_rows + cfg.held_out_rows, cfg.seed)
+    held_out, train = rows[: cfg.held_out_rows], rows[cfg.held_out_rows :]
     make_folder(cfg.output)
     write_rows(train_file, train)
     write_rows(held_out_file, held_out)
@@ -105,16 +110,21 @@ def main(cfg: Config) -> None:
     print(f"\nThis took {time.perf_counter() - started:.0f} s in all.")
 
 
-def make_orders(count: int, seed: int) -> list[dict[str, str]]:
+def make_rows(count: int, seed: int) -> list[dict[str, str]]:
     """Orders as prompt/completion rows, no two alike, the same ones for the same seed."""
-    rng, orders = random.Random(seed), {}
-    while len(orders) < count:
+    rng, rows = random.Random(seed), {}
+    while len(rows) < count:
         name, city, item, color, day = (rng.choice(words) for words in (NAMES, CITIES, ITEMS, COLORS, DAYS))
         number = rng.choice(NUMBERS)
-        prompt = rng.choice(ORDERS).format(name=name, city=city, item=item, color=color, number=number, day=day)
-        order = {"name": name, "city": city, "item": item, "color": color, "count": NUMBERS.index(number) + 2}
-        orders[prompt] = " " + json.dumps(order | {"day": day[:3]})
-    return [{"prompt": prompt, "completion": completion} for prompt, completion in orders.items()]
+        sentence = rng.choice(SENTENCES)
+        prompt = capital(sentence.format(name=name, city=city, item=item, color=color, number=number, day=day))
+        facts = {"name": name, "city": city, "item": item, "color": color, "count": NUMBERS.index(number) + 2}
+        rows[prompt] = " " + json.dumps(facts | {"day": day[:3]})
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in rows.items()]
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def examine(rows: list[dict[str, str]], adapter: Path | None = None, quantize: str = "none") -> dict:
@@ -135,20 +145,20 @@ def examine(rows: list[dict[str, str]], adapter: Path | None = None, quantize: s
 
 
 def report(cfg: Config, rows: list[dict[str, str]], results: dict[str, dict]) -> str:
-    """The table, one order with all answers to it, and where to look next; all answers go to answers.jsonl."""
+    """The table, one sentence with all answers to it, and where to look next; all answers go to answers.jsonl."""
     answers = [result["answers"] for result in results.values()]
     write_rows(
         cfg.output / "answers.jsonl",
         [row | dict(zip(results, said, strict=True)) for row, *said in zip(rows, *answers, strict=True)],
     )
-    lines = [f"{len(rows)} orders that were not in the training data, each to become one line of JSON:\n"]
+    lines = [f"{len(rows)} sentences that were not in the training data, each to become one line of JSON:\n"]
     lines.append(f"{'':14}{'exact match':>11}{'trained weights':>18}{'frozen base':>14}{'training':>11}")
     for title, result in results.items():
         lines.append(
             f"{title:14}{result['right'] / len(rows):>11.1%}{result['trained']:>18,}"
             f"{result['base_bytes'] / 1e6:>11.1f} MB{result['seconds']:>9.0f} s"
         )
-    lines.append(f"\n{'order':14}{rows[0]['prompt']}")
+    lines.append(f"\n{'sentence':14}{rows[0]['prompt']}")
     lines += [
         f"{title:14}{' / '.join(said[0].split(chr(10))).strip()}" for title, said in zip(results, answers, strict=True)
     ]

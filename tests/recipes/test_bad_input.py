@@ -67,6 +67,7 @@ FLAGS = {
     "seq-len": (["--seq-len", "9000"], ["9000", "512"]),
     "target": (["--targets", "q_prj"], ["q_prj", "q_proj"]),
     "rank": (["--rank", "0"], ["--rank"]),
+    "clip": (["--max-grad-norm", "-1"], ["--max-grad-norm -1"]),
     "batch size": (["--batch-size", "0"], ["--batch-size"]),
     "device": (["--device", "cuda:7"], ["cuda:7"]),
     "model": (["--model", "no/such/folder"], ["no/such/folder"]),

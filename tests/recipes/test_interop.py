@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing import export
+from checkpointing.adapters import read_adapter
+from data.chat_templates import TEMPLATES
+from data.tokenizers import load_tokenizer
 from recipes import lora_finetune, merge
-from tests.tiny import CHATML, make_checkpoint, run_recipe, sums, write_rows
+from tests.tiny import CHATML, make_checkpoint, read_metrics, run_recipe, sums, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +132,85 @@ def test_tokenizer_files_and_full_model_open_in_transformers(tmp_path):
     text = "the quick brown fox 12"
     tokenizers = [AutoTokenizer.from_pretrained(tmp_path / d) for d in ("base", "run/model")]
     assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
+
+
+def test_a_pretrained_tied_head_stays_tied(tmp_path):
+    make_checkpoint(tmp_path / "base", tie_word_embeddings=True)
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": "the quick brown fox has 12 apples"}] * 4)
+    run_recipe(
+        *("pretrain", "--model", tmp_path / "base", "--data", data, "--output", tmp_path / "run"),
+        *("--seq-len", "32", "--device", "cpu", "--eval-data", data),
+    )
+    with safe_open(tmp_path / "run/model/model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" not in file.keys()
+    *_, evaluated = read_metrics(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    row = torch.tensor(
+        [AutoTokenizer.from_pretrained(tmp_path / "run/model")("the quick brown fox has 12 apples</s>").input_ids]
+    )
+    assert model(row, labels=row).loss.item() == pytest.approx(evaluated["eval_loss"], rel=1e-5)
+
+
+def test_a_pad_token_beyond_the_embedding_is_no_matter(tmp_path):
+    """Many tokenizers got a [PAD] that their model has no row for."""
+    make_checkpoint(tmp_path / "base")
+    data = write_rows(tmp_path / "rows.jsonl", sums(5))
+    evaluate = ["evaluate", "--model", tmp_path / "base", "--data", data, "--device", "cpu", "--batch-size", "5"]
+    plain = json.loads(run_recipe(*evaluate).stdout)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert (
+        load_tokenizer(tmp_path / "base").pad_id
+        == json.loads((tmp_path / "base/config.json").read_text())["vocab_size"]
+    )
+    assert json.loads(run_recipe(*evaluate).stdout) == plain
+    run_recipe(
+        *("lora_finetune", "--model", tmp_path / "base", "--data", data, "--output", tmp_path / "run"),
+        *("--batch-size", "5", "--device", "cpu"),
+    )
+
+
+def test_the_template_that_was_trained_with_goes_along(trained, tmp_path):
+    flags = [
+        "--model",
+        trained / "base",
+        "--data",
+        trained / "rows.jsonl",
+        "--chat-format",
+        "vicuna",
+        "--max-steps",
+        "1",
+    ]
+    run_recipe("full_finetune", *flags, "--output", tmp_path / "full", "--device", "cpu")
+    run_recipe("lora_finetune", *flags, "--output", tmp_path / "lora", "--device", "cpu")
+    adapter = tmp_path / "lora/adapter"
+    run_recipe("merge", "--model", trained / "base", "--adapter", adapter, "--output", tmp_path / "merged")
+    for folder in (tmp_path / "full/model", adapter, tmp_path / "merged"):
+        assert (folder / "chat_template.jinja").read_text() == TEMPLATES["vicuna"]
+
+
+def test_adapters_that_are_not_plain_lora_are_refused(trained, tmp_path):
+    """Their tensors look the same; added to the published base they would give other outputs than in peft."""
+    base = AutoModelForCausalLM.from_pretrained(trained / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(tmp_path / "pissa")
+    with pytest.raises(ValueError, match="pissa.*base weights"):
+        read_adapter(tmp_path / "pissa")
+    settings = json.loads((tmp_path / "pissa/adapter_config.json").read_text()) | {"init_lora_weights": True}
+    (tmp_path / "pissa/adapter_config.json").write_text(json.dumps(settings))
+    assert list(read_adapter(tmp_path / "pissa")[0]) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    del settings["lora_alpha"]
+    (tmp_path / "pissa/adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="lora_alpha"):
+        read_adapter(tmp_path / "pissa")
+
+
+def test_evaluate_prints_valid_json_for_a_broken_model(tmp_path):
+    model = make_checkpoint(tmp_path / "base")
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    model.save_pretrained(tmp_path / "base")
+    data = write_rows(tmp_path / "rows.jsonl", sums(2))
+    done = run_recipe("evaluate", "--model", tmp_path / "base", "--data", data, "--device", "cpu")
+    found = json.loads(done.stdout, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert (found["loss"], found["perplexity"]) == ("NaN", "NaN")

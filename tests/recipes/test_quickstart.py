@@ -123,7 +123,7 @@ def test_a_run_that_is_not_a_quickstart_stays(tmp_path, keep_threads):
 def test_the_base_is_remade_by_its_command(tmp_path, keep_threads):
     """With a thousandth of the texts; the vocabulary is then smaller, the files are the same."""
     quickstart_base.main(
-        quickstart_base.Config(work=tmp_path / "work", output=tmp_path / "base", documents=400, seed=3)
+        quickstart_base.Config(work=tmp_path / "work", output=tmp_path / "base", documents=400, batch_size=4, device="cpu", seed=3)
     )
     assert {path.name for path in (tmp_path / "base").iterdir()} == {path.name for path in quickstart.BASE.iterdir()}
     found = losses(tmp_path / "work" / "run")
