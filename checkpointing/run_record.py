@@ -19,7 +19,8 @@ import torch
 HOW_LONG = ("max_steps", "epochs")
 # Settings that a resumed run may change: they say where, how long and how closely watched, not what is computed.
 WATCHING = ("save_every", "keep_last", "eval_every", "eval_data", "tensorboard", "wandb")
-MAY_CHANGE = ("output", "resume", "device", *HOW_LONG, *WATCHING)
+# The same files under another path are the same: their fingerprints are compared.
+MAY_CHANGE = ("output", "resume", "device", "model", "data", *HOW_LONG, *WATCHING)
 DIFF_BYTES = 1_000_000
 
 

@@ -78,7 +78,7 @@ class Batches:
         if self._plan is None or self._plan[0] != epoch:
             order = list(range(len(self.dataset)))
             if self.shuffle:
-                generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+                generator = torch.Generator().manual_seed(((self.seed << 20) + epoch) % 2**63)
                 order = torch.randperm(len(order), generator=generator).tolist()
             rows = first_fit(order, self.dataset.lengths, self.seq_len) if self.packing else [[i] for i in order]
             micro_batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]

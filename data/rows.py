@@ -126,7 +126,7 @@ def _message(message: object, where: str) -> dict:
 def _text_part(part: object, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("image", "image_url"):
-        raise ValueError(f"{where} holds an image; images need vlm_finetune.py")
+        raise ValueError(f"{where} holds an image; these recipes train on text only")
     if kind != "text":
         raise ValueError(f'{where}.content: a part must be {{"type": "text", "text": …}}, got {shown(part)}')
     return _string(part.get("text"), f"{where}.content text")

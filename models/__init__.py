@@ -13,5 +13,9 @@ def build_model(config: dict) -> nn.Module:
         architecture = "LlamaForCausalLM"
     if architecture != "LlamaForCausalLM":
         raise ValueError(f"architecture {architecture!r} in config.json is not supported; supported: LlamaForCausalLM")
+    try:
+        parsed = LlamaConfig.from_dict(config)
+    except TypeError as error:
+        raise ValueError(f"config.json has a value of the wrong type: {error}") from None
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig.from_dict(config))
+        return LlamaForCausalLM(parsed)

@@ -1,5 +1,7 @@
 """Where a run computes and in which precision: the choices behind `--device auto` and `--dtype auto`, and memory."""
 
+import os
+
 import torch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -24,6 +26,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def make_deterministic(on: bool) -> None:
+    """`--deterministic`: only kernels that give the same bits every time; an operation without one is an error."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(on)
 
 
 def describe_device(device: torch.device, dtype: torch.dtype) -> str:

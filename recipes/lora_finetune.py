@@ -38,7 +38,7 @@ from models import build_model
 from modules.activation_checkpointing import checkpoint_activations
 from modules.attention import describe_attention
 from modules.compile import compile_blocks
-from modules.device import DTYPES, describe_device, peak_memory_gib, pick_device, pick_dtype
+from modules.device import DTYPES, describe_device, make_deterministic, peak_memory_gib, pick_device, pick_dtype
 from modules.evaluation import evaluate_loss, sample_completion
 from modules.lora import ALL_LINEAR, add_lora
 from modules.loss import linear_cross_entropy
@@ -147,7 +147,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)
-    torch.use_deterministic_algorithms(cfg.deterministic)
+    make_deterministic(cfg.deterministic)
     say(describe_device(device, dtype))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -308,11 +308,12 @@ def train(cfg: Config, run: RunFolder) -> None:
         bar.set_postfix_str(
             f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"
         )
-        if eval_batches and cfg.eval_every and progress["step"] % cfg.eval_every == 0:
+        due = cfg.eval_every and progress["step"] % cfg.eval_every == 0
+        if eval_batches and (due or progress["step"] == total_steps):
             evaluate()
         if cfg.save_every and progress["step"] % cfg.save_every == 0:
             save_checkpoint()
-    if eval_batches and progress["step"] == total_steps and not (cfg.eval_every and total_steps % cfg.eval_every == 0):
+    if eval_batches and total_steps == 0:
         evaluate()
     bar.close()
     loggers.close()
@@ -323,7 +324,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         save_checkpoint()
         say(f"stopped after step {progress['step']} of {total_steps}; go on with --resume")
         return
-    if cfg.save_every and total_steps and total_steps % cfg.save_every:
+    if cfg.save_every and (total_steps == 0 or total_steps % cfg.save_every):
         save_checkpoint()  # so that --resume can go on with more --max-steps or --epochs
     save_result()
     run.finish()

@@ -1,4 +1,4 @@
-"""Watch a model learn: a minute or two on a laptop's CPU, nothing to download.
+"""Watch a model learn: a minute on a laptop's CPU, nothing to download.
 
     python recipes/quickstart.py
 
@@ -59,7 +59,7 @@ SENTENCES = (
 class Config:
     output: Path = Path("runs/quickstart")
     """Folder for the rows, the two runs and the answers; an earlier quickstart there is replaced."""
-    train_rows: int = 1200
+    train_rows: int = 800
     """Rows to learn from."""
     held_out_rows: int = 200
     """Rows to be examined with."""
@@ -111,13 +111,13 @@ def main(cfg: Config) -> None:
 
 
 def make_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Orders as prompt/completion rows, no two alike, the same ones for the same seed."""
+    """Sentences and their JSON as prompt/completion rows, no two alike, the same ones for the same seed."""
     rng, rows = random.Random(seed), {}
     while len(rows) < count:
         name, city, item, color, day = (rng.choice(words) for words in (NAMES, CITIES, ITEMS, COLORS, DAYS))
         number = rng.choice(NUMBERS)
-        sentence = rng.choice(SENTENCES)
-        prompt = capital(sentence.format(name=name, city=city, item=item, color=color, number=number, day=day))
+        words = dict(name=name, city=city, item=item, color=color, number=number, day=day)
+        prompt = capital(rng.choice(SENTENCES).format(**words))
         facts = {"name": name, "city": city, "item": item, "color": color, "count": NUMBERS.index(number) + 2}
         rows[prompt] = " " + json.dumps(facts | {"day": day[:3]})
     return [{"prompt": prompt, "completion": completion} for prompt, completion in rows.items()]
@@ -159,9 +159,8 @@ def report(cfg: Config, rows: list[dict[str, str]], results: dict[str, dict]) ->
             f"{result['base_bytes'] / 1e6:>11.1f} MB{result['seconds']:>9.0f} s"
         )
     lines.append(f"\n{'sentence':14}{rows[0]['prompt']}")
-    lines += [
-        f"{title:14}{' / '.join(said[0].split(chr(10))).strip()}" for title, said in zip(results, answers, strict=True)
-    ]
+    for title, said in zip(results, answers, strict=True):
+        lines.append(f"{title:14}{said[0].strip() or '(ends the text)'}")
     folder = os.path.relpath(Path(__file__).parent)
     lines += [
         f"\nloss curves   {cfg.output}/lora/loss.svg and {cfg.output}/qlora/loss.svg",

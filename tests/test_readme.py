@@ -30,10 +30,10 @@ def test_set_up_is_the_two_commands():
 
 def test_commands_on_the_quickstart_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    orders = quickstart.make_orders(640 + 20, seed=0)
+    rows = quickstart.make_rows(640 + 20, seed=0)
     (tmp_path / "runs/quickstart").mkdir(parents=True)
-    quickstart.write_rows(tmp_path / "runs/quickstart/orders.jsonl", orders[20:])
-    quickstart.write_rows(tmp_path / "runs/quickstart/held_out.jsonl", orders[:20])
+    quickstart.write_rows(tmp_path / "runs/quickstart/train.jsonl", rows[20:])
+    quickstart.write_rows(tmp_path / "runs/quickstart/held_out.jsonl", rows[:20])
     outputs = {}
     for command in ON_THE_QUICKSTART:
         _, script, *arguments = shlex.split(command)

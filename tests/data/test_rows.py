@@ -172,7 +172,7 @@ def test_alpaca_has_its_published_prompts():
         ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value must be a string, got nothing"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-            "messages[0] holds an image; images need vlm_finetune.py",
+            "messages[0] holds an image; these recipes train on text only",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part must be {"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content text must be a string, got nothing"),

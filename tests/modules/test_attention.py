@@ -34,14 +34,16 @@ def test_padded_layout_needs_no_mask():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kv_heads", [8, 2])
-def test_variable_length_kernel_equals_the_mask(kv_heads):
+@pytest.mark.parametrize("kv_heads, head_dim", [(8, 64), (2, 64), (2, 20)])
+def test_variable_length_kernel_equals_the_mask(kv_heads, head_dim):
     from models import build_model
 
     config = dict(vocab_size=1000, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8)
     device = torch.device("cuda")
     torch.manual_seed(0)
-    model = build_model(config | dict(num_key_value_heads=kv_heads, architectures=["LlamaForCausalLM"]))
+    model = build_model(
+        config | dict(num_key_value_heads=kv_heads, head_dim=head_dim, architectures=["LlamaForCausalLM"])
+    )
     model = model.to_empty(device=device).bfloat16()
     model.init_weights()
     ids = torch.randint(0, 1000, (2, 256), device=device)

@@ -1,4 +1,4 @@
-"""The README's first command, the orders it makes up and the small base model that it teaches."""
+"""The README's first command, the rows it makes up and the small base model that it teaches."""
 
 import json
 import os
@@ -31,33 +31,33 @@ def keep_threads():
     torch.set_num_threads(threads)
 
 
-def test_orders_are_those_of_the_seed_and_no_two_alike():
-    orders = quickstart.make_orders(1400, seed=0)
-    assert orders == quickstart.make_orders(1400, seed=0)
-    assert orders != quickstart.make_orders(1400, seed=1)
-    assert len({row["prompt"] for row in orders}) == 1400  # so no held-out order is in the training data
+def test_rows_are_those_of_the_seed_and_no_two_alike():
+    rows = quickstart.make_rows(1400, seed=0)
+    assert rows == quickstart.make_rows(1400, seed=0)
+    assert rows != quickstart.make_rows(1400, seed=1)
+    assert len({row["prompt"] for row in rows}) == 1400  # so no held-out row is in the training data
 
 
-def test_a_completion_says_what_the_order_says():
-    for row in quickstart.make_orders(300, seed=1):
+def test_a_completion_says_what_the_sentence_says():
+    for row in quickstart.make_rows(300, seed=1):
         prompt, completion = row["prompt"], row["completion"]
         order = json.loads(completion)
         assert completion == " " + json.dumps(order)
         assert list(order) == ["name", "city", "item", "color", "count", "day"]
         words = set(re.findall(r"\w+", prompt))
+        words |= {word.lower() for word in words}  # a color may begin the sentence
         number = quickstart.NUMBERS[order["count"] - 2]
         assert {order["name"], order["city"], order["color"], order["item"] + "s", number} <= words
         assert [day[:3] for day in quickstart.DAYS if day in words] == [order["day"]]
     assert quickstart.NUMBERS[12 - 2] == "twelve"
 
 
-def test_the_base_has_read_neither_orders_nor_their_json():
+def test_the_base_has_not_read_the_json():
     rng = random.Random(0)
     texts = [quickstart_base.document(rng) for _ in range(3000)]
-    orders = [re.sub(r"\\{\w+\\}", r"\\w+", re.escape(order)) for order in quickstart.ORDERS]
-    orders = re.compile("|".join(orders) + '|"(name|city|item|color|count|day)":')
-    assert orders.search(quickstart.make_orders(1, seed=0)[0]["prompt"])
-    assert not [text for text in texts if orders.search(text)]
+    keys = re.compile('"(name|city|item|color|count|day)":')
+    assert keys.search(quickstart.make_rows(1, seed=0)[0]["completion"])
+    assert not [text for text in texts if keys.search(text)]
 
 
 def test_the_committed_base_is_small_and_opens_in_transformers():
@@ -74,7 +74,7 @@ def test_the_committed_base_is_small_and_opens_in_transformers():
     load_weights(ours, WeightFiles(quickstart.BASE), device=torch.device("cpu"), dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(quickstart.BASE, dtype=torch.float32)
     tokenizer = load_tokenizer(quickstart.BASE)
-    ids = torch.tensor([tokenizer.encode_prompt(quickstart.make_orders(1, seed=0)[0]["prompt"])])
+    ids = torch.tensor([tokenizer.encode_prompt(quickstart.make_rows(1, seed=0)[0]["prompt"])])
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-4, rtol=0)
 
@@ -83,13 +83,13 @@ def test_the_committed_tokenizer_is_read_as_tokenizers_reads_it():
     oracle = tokenizers.Tokenizer.from_file(str(quickstart.BASE / "tokenizer.json"))
     tokenizer = load_tokenizer(quickstart.BASE)
     rng = random.Random(1)
-    texts = [text for row in quickstart.make_orders(300, seed=2) for text in row.values()]
+    texts = [text for row in quickstart.make_rows(300, seed=2) for text in row.values()]
     texts += [quickstart_base.document(rng) for _ in range(300)]
     for text in [*texts, "Zoë würde 12¾ Lampen 🛋 kaufen\n\n\t "]:
         assert tokenizer.encode_prompt(text) == oracle.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text)) == text
     # one token a word keeps copying easy: this is what the vocabulary was trained for
-    lengths = [len(tokenizer.encode(row["completion"])) for row in quickstart.make_orders(300, seed=2)]
+    lengths = [len(tokenizer.encode(row["completion"])) for row in quickstart.make_rows(300, seed=2)]
     assert max(lengths) <= 40
 
 
@@ -103,7 +103,7 @@ def test_an_earlier_quickstart_is_replaced(tmp_path, capsys, keep_threads):
     assert losses(tmp_path / "qlora") != first
     held_out, train, answers = (
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        for name in ("held_out.jsonl", "orders.jsonl", "answers.jsonl")
+        for name in ("held_out.jsonl", "train.jsonl", "answers.jsonl")
     )
     assert (len(held_out), len(train)) == (4, 32)
     assert [{key: row[key] for key in ("prompt", "completion")} for row in answers] == held_out
@@ -122,9 +122,8 @@ def test_a_run_that_is_not_a_quickstart_stays(tmp_path, keep_threads):
 
 def test_the_base_is_remade_by_its_command(tmp_path, keep_threads):
     """With a thousandth of the texts; the vocabulary is then smaller, the files are the same."""
-    quickstart_base.main(
-        quickstart_base.Config(work=tmp_path / "work", output=tmp_path / "base", documents=400, batch_size=4, device="cpu", seed=3)
-    )
+    settings = dict(documents=400, batch_size=4, device="cpu", seed=3)
+    quickstart_base.main(quickstart_base.Config(work=tmp_path / "work", output=tmp_path / "base", **settings))
     assert {path.name for path in (tmp_path / "base").iterdir()} == {path.name for path in quickstart.BASE.iterdir()}
     found = losses(tmp_path / "work" / "run")
     assert found[-1] < found[0] - 0.5

@@ -1,5 +1,6 @@
 """A run that dies goes on as if nothing had happened: SIGKILL at any step, then --resume, bit for bit."""
 
+import dataclasses
 import random
 import signal
 import time
@@ -106,6 +107,26 @@ def test_resume_without_a_checkpoint_starts_afresh(base, tmp_path):
     lora_finetune.main(config(base, tmp_path / "a"))
     lora_finetune.main(config(base, tmp_path / "b", resume=True))
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_the_initial_state_can_be_resumed(base, tmp_path):
+    lora_finetune.main(config(base, tmp_path / "whole"))
+    lora_finetune.main(dataclasses.replace(config(base, tmp_path / "parts"), max_steps=0))
+    lora_finetune.main(config(base, tmp_path / "parts", resume=True))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_run_killed_after_its_last_step_evaluates_once(base, tmp_path, monkeypatch):
+    settings = dict(eval_data=base / "rows.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+
+        def killed(*_):
+            raise RuntimeError("killed")
+
+        patch.setattr("checkpointing.run_folder.RunFolder.finish", killed)
+        lora_finetune.main(config(base, tmp_path / "run", **settings))
+    lora_finetune.main(config(base, tmp_path / "run", resume=True, **settings))
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "eval_loss" in row] == [4]
 
 
 def test_resume_with_other_settings_is_refused(base, tmp_path):
