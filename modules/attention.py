@@ -157,8 +157,9 @@ def _varlen(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, cu_seqlens: Tensor) 
     options = {"enable_gqa": True} if _VARLEN_SHARES_HEADS else {}
     if not _VARLEN_SHARES_HEADS:
         k_BKTH, v_BKTH = _repeat_heads(k_BKTH, q_BNTH), _repeat_heads(v_BKTH, q_BNTH)
-    # The kernel takes head sizes that are multiples of 8; zeros change neither products nor, with H's scale, logits.
-    q, k, v = (F.pad(t.transpose(1, 2).reshape(B * T, -1, H), (0, -H % 8)) for t in (q_BNTH, k_BKTH, v_BKTH))
+    q, k, v = (t.transpose(1, 2).reshape(B * T, -1, H) for t in (q_BNTH, k_BKTH, v_BKTH))
+    if H % 8:  # the kernel takes multiples of 8; zeros change no product, and the scale stays that of H
+        q, k, v = (F.pad(t, (0, -H % 8)) for t in (q, k, v))
     # max_q = T rather than the longest document: a constant, so that compiled blocks never recompile for it.
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, scale=H**-0.5, window_size=(-1, 0), **options)
     return out[..., :H].view(B, T, N, H).transpose(1, 2)

@@ -7,6 +7,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
+from checkpointing.pretrained import WeightFiles, load_weights, read_config
+from data.batches import Batches
+from data.dataset import load_dataset
+from data.tokenizers import load_tokenizer
+from models import build_model
+from modules.loss import linear_logprobs
 from recipes import full_finetune, lora_finetune, merge
 from tests.tiny import losses, make_checkpoint, read_metrics, sums, test_data, write_rows
 
@@ -129,11 +135,16 @@ def gsm8k(count):
         return [json.loads(line) for line in itertools.islice(file, count)]
 
 
-def test_lora_follows_peft_on_gsm8k(tmp_path):
+@pytest.mark.parametrize("kind", ["text", "completion"])
+def test_lora_follows_peft_on_gsm8k(tmp_path, kind):
     make_checkpoint(tmp_path / "base")
-    rows = gsm8k(24)
+    rows, fields = gsm8k(24), dict(seq_len=512)
+    examples = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
+    if kind == "text":
+        rows = examples = [{"text": f"{row['question']}\n{row['answer']}"} for row in rows]
+    else:
+        fields |= dict(prompt_field="question", completion_field="answer")
     write_rows(tmp_path / "rows.jsonl", rows)
-    fields = dict(prompt_field="question", completion_field="answer", seq_len=512)
     options = dict(rank=4, alpha=8.0, lr=3e-3, **fields)
     lora_finetune.main(
         lora_finetune.Config(**settings(tmp_path, **options) | dict(max_steps=0, output=tmp_path / "start"))
@@ -142,7 +153,7 @@ def test_lora_follows_peft_on_gsm8k(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = PeftModel.from_pretrained(base, tmp_path / "start/adapter", is_trainable=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    examples = reference_rows(tokenizer, [{"prompt": r["question"], "completion": r["answer"]} for r in rows])
+    examples = reference_rows(tokenizer, examples)
     assert any(len(ids) > 512 for ids, _ in examples)  # truncation, too
     history = reference_losses(model, examples, batch_size=4, lr=3e-3, schedule="cosine", warmup=3)
     assert_follows(tmp_path / "run", history)
@@ -158,6 +169,29 @@ def test_accumulation_equals_the_big_batch(tmp_path, recipe, options):
     assert losses(tmp_path / "small") == pytest.approx(losses(tmp_path / "big"), rel=1e-5)
     tokens = [[row["tokens"] for row in read_metrics(tmp_path / name)] for name in ("big", "small")]
     assert tokens[0] == tokens[1]
+
+
+def test_packed_equals_unpacked_per_token(tmp_path):
+    """The loss of every single token, packed with others or alone in its row."""
+    make_checkpoint(tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl", sums(40))
+    model = build_model(read_config(tmp_path / "base"))
+    load_weights(model, WeightFiles(tmp_path / "base"), device=torch.device("cpu"), dtype=torch.float32)
+    dataset = load_dataset(tmp_path / "rows.jsonl", load_tokenizer(tmp_path / "base"), None, seq_len=64)
+    found = {}
+    for packing in (False, True):
+        batches = Batches(dataset, batch_size=3, packing=packing, seq_len=64)
+        order = [i for micro in batches.plan(0) for row in micro for i in row]
+        parts = []
+        for batch in batches.one_epoch():
+            batch = batch.to(torch.device("cpu"), torch.float32)
+            hidden = model(batch.input_ids, batch.layout)
+            parts.append(linear_logprobs(hidden, model.lm_head, batch.targets, index=batch.target_index))
+        sizes = [int((dataset[i][1] != -100).sum()) for i in order]
+        found[packing] = dict(zip(order, torch.cat(parts).split(sizes), strict=True))
+    assert max(len(row) for micro in batches.plan(0) for row in micro) > 2
+    for i in range(len(dataset)):
+        assert (found[True][i] - found[False][i]).abs().max() < 1e-5
 
 
 def test_qlora_equals_lora_on_the_dequantised_base(tmp_path):
