@@ -25,8 +25,10 @@ for noisy in ("torchao", "torch.utils._pytree"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
 try:
-    from torchao.quantization import NF4Tensor
-    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import SubclassTensorArgs
+    try:
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import NF4Tensor, SubclassTensorArgs  # 0.18
+    except ImportError:
+        from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs  # 0.17
 except ImportError as error:
     try:
         found = f"torchao {importlib.metadata.version('torchao')}"

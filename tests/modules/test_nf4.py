@@ -1,19 +1,22 @@
 """NF4 against torchao's own conversion, and the frozen linear layer over it."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
-from torchao.quantization import to_nf4
 
 from modules.memory import storage_bytes
 from modules.nf4 import NF4Linear, NF4Tensor, dequantize_nf4, quantize_nf4_tensor
+from tests.tiny import ROOT
 
 
 @pytest.mark.parametrize("shape", [(256, 512), (128, 128), (64, 1024)])
 def test_float32_equals_torchao_bit_for_bit(shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05
     scale_block = min(256, shape[0] * shape[1] // 64)
-    theirs, ours = to_nf4(weight, 64, scale_block), quantize_nf4_tensor(weight)
+    theirs, ours = NF4Tensor.from_tensor(weight, 64, scale_block), quantize_nf4_tensor(weight)
     for name in ("quantized_data", "quantized_scalers", "quantization_factor", "scaler_mean"):
         assert torch.equal(getattr(theirs, name), getattr(ours, name)), name
     assert torch.equal(dequantize_nf4(ours), theirs.get_original_weight())
@@ -74,6 +77,12 @@ def test_gradcheck():
     layer = NF4Linear.from_linear(nn.Linear(16, 8, dtype=torch.float64))
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x,))
+
+
+def test_a_missing_or_moved_torchao_is_named():
+    hide = "import sys; sys.modules['torchao'] = None; import modules.nf4"
+    done = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True)
+    assert "NF4 needs torchao 0.17 or 0.18, found torchao" in done.stderr.splitlines()[-1]
 
 
 def test_bfloat16_weights_round_once():

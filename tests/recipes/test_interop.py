@@ -134,6 +134,20 @@ def test_tokenizer_files_and_full_model_open_in_transformers(tmp_path):
     assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
 
 
+def test_trainable_names_what_is_trained(tmp_path):
+    make_checkpoint(tmp_path / "base")
+    write_rows(tmp_path / "rows.jsonl", sums(8))
+    flags = ["--model", tmp_path / "base", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "run"]
+    run_recipe("full_finetune", *flags, "--device", "cpu", "--trainable", r"layers\.1\..*norm", "--lr", "1e-3")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").state_dict()
+    changed = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert changed == {f"model.layers.1.{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")}
+    for pattern, word in [("(", "regular expression"), ("no_such_name", "nothing to train")]:
+        again = run_recipe("full_finetune", *flags[:-1], tmp_path / "other", "--trainable", pattern, check=False)
+        assert again.returncode == 2 and word in again.stderr
+
+
 def test_a_pretrained_tied_head_stays_tied(tmp_path):
     make_checkpoint(tmp_path / "base", tie_word_embeddings=True)
     data = write_rows(tmp_path / "rows.jsonl", [{"text": "the quick brown fox has 12 apples"}] * 4)
