@@ -10,7 +10,6 @@ adapter was trained on. Without an adapter that writes the base as QLoRA sees it
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,9 +22,10 @@ from tqdm import tqdm
 
 from checkpointing.adapters import read_adapter
 from checkpointing.atomic import atomic_folder
-from checkpointing.errors import clear_errors
+from checkpointing.errors import clear_errors, say
 from checkpointing.export import check_export, write_companions, write_weights
 from checkpointing.pretrained import WeightFiles, check_names, find_checkpoint, read_config
+from checkpointing.safetensors_file import spec_bytes
 from models import build_model
 from modules.device import DTYPES, pick_device
 from modules.nf4 import dequantize_nf4, quantize_nf4, quantize_nf4_tensor
@@ -66,62 +66,37 @@ def main(cfg: Config) -> None:
         if shapes.get(f"{name}.weight") != delta_shape:
             raise ValueError(f"{cfg.adapter} does not fit {cfg.model}: {name} is {shapes.get(f'{name}.weight')}")
 
-    names = [name for name in weights.names() if name in shapes]
-    if "lm_head" in settings and model.config.tie_word_embeddings:
+    tied = model.config.tie_word_embeddings
+    names = [name for name in weights.names() if name in shapes and not (tied and name == "lm_head.weight")]
+    if tied and "lm_head" in settings:
         # The adapted head no longer equals the embedding: write it on its own.
         config = config | {"tie_word_embeddings": False}
-        names = [name for name in names if name != "lm_head.weight"] + ["lm_head.weight"]
-    elif model.config.tie_word_embeddings:
-        names = [name for name in names if name != "lm_head.weight"]
+        names.append("lm_head.weight")
 
-    def read(name: str) -> Tensor:
-        stored = name if name in weights else "model.embed_tokens.weight"  # a tied head
-        tensor = weights.read(stored).to(device)
-        tensor = tensor if cfg.dtype == "auto" else tensor.to(DTYPES[cfg.dtype])
+    def stored(name: str) -> Tensor:
+        tensor = weights.read(name if name in weights else "model.embed_tokens.weight")  # a tied head
+        return tensor if cfg.dtype == "auto" else tensor.to(DTYPES[cfg.dtype])
+
+    def merged(name: str) -> Tensor:
+        bar.update()
+        tensor, module = stored(name).to(device), name.removesuffix(".weight")
         if name in quantized:
             tensor = dequantize_nf4(quantize_nf4_tensor(tensor))
-        module = name.removesuffix(".weight")
         if module in settings:
-            tensor = (tensor.float() + delta(module)).to(tensor.dtype)
+            A, B = (adapter[f"{module}.lora_{x}.weight"].to(device).float() for x in "AB")
+            scaling = settings[module]["alpha"] / settings[module]["rank"]
+            tensor = (tensor.float() + (B @ A) * scaling).to(tensor.dtype)
         return tensor
 
-    def delta(module: str) -> Tensor:
-        A, B = (adapter[f"{module}.lora_{x}.weight"].to(device).float() for x in "AB")
-        return (B @ A) * (settings[module]["alpha"] / settings[module]["rank"])
-
-    bar = tqdm(total=len(names), unit="tensor", desc="merging", disable=None)
-
-    def read_and_show(name: str) -> Tensor:
-        bar.update()
-        return read(name)
-
-    write_merged(cfg, names, weights, shapes, config, folder, read_and_show)
-    bar.close()
-    print(f"merged model in {cfg.output}", file=sys.stderr)
-
-
-def write_merged(
-    cfg: Config, names: list[str], weights: WeightFiles, shapes: dict, config: dict, folder: Path, read: Callable
-) -> None:
-    def dtype_of(name: str):
-        stored = weights.read(name if name in weights else "model.embed_tokens.weight").dtype
-        return stored if cfg.dtype == "auto" else DTYPES[cfg.dtype]
-
-    specs = [(name, shapes[name], dtype_of(name)) for name in names]
+    specs = [(name, shapes[name], stored(name).dtype) for name in names]
     template = cfg.adapter / "chat_template.jinja" if cfg.adapter else None
-    source = template.read_text(encoding="utf-8") if template and template.is_file() else None
     cfg.output.parent.mkdir(parents=True, exist_ok=True)
-    check_export(cfg.output.parent, sum(dtype.itemsize * _numel(shape) for _, shape, dtype in specs))
-    with atomic_folder(cfg.output) as target:
-        write_weights(target, specs, read)
-        write_companions(target, config, folder, dtype=specs[0][2], chat_template=source)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+    check_export(cfg.output.parent, sum(spec_bytes(spec) for spec in specs))
+    with atomic_folder(cfg.output) as target, tqdm(total=len(names), unit="tensor", disable=None) as bar:
+        write_weights(target, specs, merged)
+        chat_template = template.read_text(encoding="utf-8") if template and template.is_file() else None
+        write_companions(target, config, folder, dtype=specs[0][2], chat_template=chat_template)
+    say(f"merged model in {cfg.output}")
 
 
 if __name__ == "__main__":
