@@ -78,6 +78,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"--adapter {folder} is not a folder")
+    if not (folder / CONFIG).is_file():
+        hint = f"; did you mean {folder / 'adapter'}?" if (folder / "adapter" / CONFIG).is_file() else ""
+        raise ValueError(f"--adapter {folder} holds no {CONFIG}{hint}")
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")

@@ -5,8 +5,11 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def say(text: str) -> None:
@@ -31,11 +34,19 @@ def clear_errors() -> Iterator[None]:
         known = error.strerror and error.filename
         _leave(2, f"error: {error.filename}: {error.strerror}" if known else f"error: {error}")
     except ValueError as error:
-        _leave(2, f"error: {error}")
+        _leave(2, f"error: {error}{_raised_elsewhere(error)}")
     except ImportError as error:
         if "pip install" not in str(error):  # not one of ours, which name the extra that is missing
             raise
         _leave(2, f"error: {error}")
+
+
+def _raised_elsewhere(error: Exception) -> str:
+    """Where an error came from, if not from this project's own checks: then an edited recipe may be the reason."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if Path(last.filename).is_relative_to(ROOT):
+        return ""
+    return f" (raised in {last.filename}:{last.lineno}; HANDTUNE_DEBUG=1 shows the traceback)"
 
 
 def _leave(status: int, text: str) -> None:

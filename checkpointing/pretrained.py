@@ -63,7 +63,14 @@ def find_checkpoint(name: str | Path) -> Path:
 
 def read_config(folder: Path) -> dict:
     """config.json as a dict; ValueError if it is missing, unreadable, or the weights in it are already quantised."""
-    config = read_json(Path(folder) / "config.json")
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{folder} is an adapter: give it as --adapter, and its base as --model")
+        if (folder / "run.json").is_file():
+            results = [str(folder / name) for name in ("model", "adapter") if (folder / name).is_dir()]
+            raise ValueError(f"{folder} is a run's output folder; its result is {' and '.join(results) or 'missing'}")
+    config = read_json(folder / "config.json")
     if method := config.get("quantization_config"):
         kind = method.get("quant_method", "unknown")
         raise ValueError(f"{folder} holds weights quantised by {kind!r}; start from the unquantised checkpoint")

@@ -72,7 +72,7 @@ class DatasetReport:
         if self.unended:
             lines.append(
                 f"{_rows(self.unended)} with an answer that no end-of-turn token follows: from these the model does "
-                "not learn to stop"
+                "not learn to stop (does the tokenizer have this chat format's end-of-turn token? see --chat-format)"
             )
         return lines
 

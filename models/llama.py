@@ -198,7 +198,7 @@ class LlamaForCausalLM(nn.Module):
         return self.model(input_ids, layout, caches)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[.., D] → [.., V]. Training never calls this: see `linear_cross_entropy`."""
+        """[.., D] → [.., V]. For generation and losses of your own; `linear_cross_entropy` does without."""
         return self.lm_head(hidden)
 
     @property

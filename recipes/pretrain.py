@@ -275,6 +275,8 @@ def train(cfg: Config, run: RunFolder) -> None:
         for batch in micro_batches:
             batch = batch.to(device, dtype)
             with autocast:
+                # hidden [B, T, D]; targets [N] stand at the flat positions target_index [N]. For a loss of your own:
+                # logits = model.logits(hidden.flatten(0, 1)[batch.target_index]) [N, V] are what they belong to.
                 hidden = model(batch.input_ids, batch.layout)
                 loss = linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index) / tokens
             scaler.scale(loss).backward()

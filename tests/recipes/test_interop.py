@@ -134,6 +134,19 @@ def test_tokenizer_files_and_full_model_open_in_transformers(tmp_path):
     assert tokenizers[0](text)["input_ids"] == tokenizers[1](text)["input_ids"]
 
 
+def test_folders_that_were_mixed_up_are_named(trained):
+    flags = ["--data", trained / "rows.jsonl"]
+    for model, adapter, words in [
+        (trained / "run", None, "run's output folder"),
+        (trained / "run/adapter", None, "give it as --adapter"),
+        (trained / "base", trained / "run", "did you mean"),
+    ]:
+        done = run_recipe(
+            "evaluate", "--model", model, *flags, *(["--adapter", adapter] if adapter else []), check=False
+        )
+        assert done.returncode == 2 and words in done.stderr
+
+
 def test_trainable_names_what_is_trained(tmp_path):
     make_checkpoint(tmp_path / "base")
     write_rows(tmp_path / "rows.jsonl", sums(8))
