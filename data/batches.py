@@ -29,9 +29,6 @@ class Batch:
     targets: Tensor
     """[N] the token ids to be predicted there."""
 
-    input_tokens: int
-    """Tokens that are not padding."""
-
     @property
     def target_tokens(self) -> int:
         return self.targets.numel()
@@ -126,7 +123,7 @@ class Batches:
             targets[b, : sum(lengths[b])] = torch.cat([wanted for _, wanted in row])
         layout = packed_layout(lengths, T) if self.packing else padded_layout(T)
         target_index = (targets.view(-1) != IGNORE_INDEX).nonzero().squeeze(1)
-        return Batch(input_ids, layout, target_index, targets.view(-1)[target_index], sum(map(sum, lengths)))
+        return Batch(input_ids, layout, target_index, targets.view(-1)[target_index])
 
 
 def first_fit(order: list[int], lengths: list[int], capacity: int, window: int = PACK_WINDOW) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Activation checkpointing (arXiv:1604.06174): keep each block's input, compute the block again in backward.
 
-A block of an 8B Llama keeps about 0.5 MB per token for its backward; its input is 8 KB. Recomputing costs one more
-forward pass, a third more work (half as much again with LoRA, whose backward skips the frozen weights' gradients), and
-lets the same card train sequences many times longer.
+A block of an 8B Llama keeps about 0.2 MB per token for its backward (counted in modules/memory.py); its input is 8 KB.
+Recomputing costs one more forward pass, a third more work (half as much again with LoRA, whose backward skips the
+frozen weights' gradients), and lets the same card train sequences many times longer.
 """
 
 from torch import Tensor, nn

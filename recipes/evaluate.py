@@ -1,9 +1,9 @@
 """Loss and perplexity of a model, with or without an adapter, on a data file: one JSON object on standard output.
 
     python recipes/evaluate.py --model BASE --adapter runs/lora/adapter --data test.jsonl
-    {"loss": 0.4411, "perplexity": 1.5544, "tokens": 151245}
 
-The loss is the mean over all target tokens of the file; rows are never cut, and no logits are kept.
+prints {"loss": …, "perplexity": …, "tokens": …}. The loss is the mean over all target tokens of the file; rows are
+never cut, and no logits are kept.
 """
 
 import json
