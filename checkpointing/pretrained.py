@@ -10,6 +10,7 @@ Only safetensors and JSON are read; a checkpoint never runs code.
 import fnmatch
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,19 +155,29 @@ class WeightFiles:
         return digest.hexdigest()
 
 
-def load_weights(model: nn.Module, weights: WeightFiles, *, device: torch.device, dtype: torch.dtype) -> None:
+def load_weights(
+    model: nn.Module,
+    weights: WeightFiles,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    placed: Callable[[str], None] | None = None,
+) -> None:
     """Fill a model built on the meta device, one tensor at a time, each cast to `dtype` and placed on `device`.
 
-    Strict: see `check_names`. Layers with a `pack_weight` method (NF4Linear) store what it returns.
+    Strict: see `check_names`. Layers with a `pack_weight` method (NF4Linear) store what it returns. `placed(name)` is
+    called after each tensor, block after block: streamed weights leave for the host there (`StreamedWeights.take`).
     """
     check_names(model, weights)
-    expected = {name for name, _ in model.named_parameters()}  # a tied head is filled through the embedding
-    names = [name for name in weights.names() if name in expected]
+    # In the model's order, not the files': one block is complete before the next one begins.
+    names = [name for name, _ in model.named_parameters()]  # a tied head is filled through the embedding
     for name in tqdm(names, desc="loading", unit="tensor", leave=False, delay=1.0):
         tensor = weights.read(name)
         if not tensor.is_floating_point():
             raise ValueError(f"{weights.files[name]}: {name} has dtype {tensor.dtype}, expected floating point")
         put_weight(model, name, tensor.to(device=device, dtype=dtype, copy=True))
+        if placed is not None:
+            placed(name)
     model.tie_weights()
 
 

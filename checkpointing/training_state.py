@@ -107,6 +107,8 @@ def _encode_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn
     held = [p for group in optimizer.param_groups for p in group["params"]] + list(optimizer.state)
     if nameless := [tuple(p.shape) for p in held if id(p) not in names]:
         raise ValueError(f"the optimizer holds parameters without a name among `parameters`, of shapes {nameless}")
+    for device in {p.device for p in held if p.is_cuda}:
+        torch.cuda.synchronize(device)  # offloaded state may still be on its way to host memory
     groups, states, on_host = [], {}, []
     for i, group in enumerate(optimizer.param_groups):
         options = {k: _encode(v, f"{k}:group {i}", tensors) for k, v in group.items() if k != "params"}

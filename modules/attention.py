@@ -12,6 +12,7 @@ B batch, T tokens, D model, N query heads, K key/value heads, H head dim, S cach
 """
 
 import inspect
+import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,13 +84,53 @@ def uses_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-def describe_attention(device: torch.device, dtype: torch.dtype, packing: bool) -> str:
+def choose_attention(config, device: torch.device, dtype: torch.dtype, *, batch: int, length: int) -> str:
+    """Let causal attention take the kernel that is fastest, forward and backward: "flash" or "cudnn", measured once.
+
+    Neither wins on every card, head size and length. Only on CUDA in bfloat16, and not where every run must give the
+    same bits; elsewhere PyTorch's own choice stands, "default".
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.are_deterministic_algorithms_enabled():
+        return "default"
+    length = min(length, 8192)
+    shapes = [(max(1, min(batch, 16384 // length)), length, n, config.head_dim) for n in _heads(config)]
+    q, k, v = (torch.zeros(s, device=device, dtype=dtype).transpose(1, 2).requires_grad_() for s in shapes)
+    seconds = {}
+    for name in ("flash", "cudnn"):
+        use_attention(name)
+        try:
+            for repetition in range(5):  # the first two warm up
+                if repetition == 2:
+                    torch.cuda.synchronize(device)
+                    started = time.perf_counter()
+                torch.autograd.grad(_causal(q, k, v).sum(), (q, k, v))
+            torch.cuda.synchronize(device)
+            seconds[name] = time.perf_counter() - started
+        except RuntimeError:  # this card or this PyTorch lacks it
+            continue
+    choice = min(seconds, key=seconds.get, default="default")
+    use_attention(choice)
+    return choice
+
+
+def _heads(config) -> tuple[int, int, int]:
+    return config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+
+
+def use_attention(name: str) -> None:
+    """Let causal attention take this kernel, "flash" or "cudnn", from now on; "default": PyTorch's own choice."""
+    torch.backends.cuda.enable_flash_sdp(name != "cudnn")
+    torch.backends.cuda.enable_cudnn_sdp(name != "flash")
+
+
+def describe_attention(device: torch.device, dtype: torch.dtype, packing: bool, choice: str) -> str:
     """One line for the start of a run: which kernel attention will use."""
-    if not packing:
-        return "attention: scaled_dot_product_attention, causal"
-    if uses_varlen(device, dtype):
+    if packing and uses_varlen(device, dtype):
         return "attention: packed documents through variable-length flash attention"
-    return "attention: packed documents through a block-diagonal mask (no variable-length kernel here)"
+    if packing:
+        return "attention: packed documents through a block-diagonal mask (no variable-length kernel here)"
+    chosen = {"flash": ", by the flash kernel (measured)", "cudnn": ", by cuDNN's kernel (measured)"}.get(choice, "")
+    return f"attention: scaled_dot_product_attention, causal{chosen}"
 
 
 class KVCache:
@@ -129,13 +170,18 @@ class Attention(nn.Module):
             k_BKSH, v_BKSH = cache.update(layout.positions.expand(B, T), k_BKTH, v_BKTH)
             slots = torch.arange(k_BKSH.shape[2], device=x.device)
             out_BNTH = _masked(q_BNTH, k_BKSH, v_BKSH, slots <= layout.positions[:, None, :, None])
-        elif layout.mask is not None:
-            out_BNTH = _masked(q_BNTH, k_BKTH, v_BKTH, layout.mask)
-        elif layout.cu_seqlens is not None:
-            out_BNTH = _varlen(q_BNTH, k_BKTH, v_BKTH, layout.cu_seqlens)
         else:
-            out_BNTH = _causal(q_BNTH, k_BKTH, v_BKTH)
+            out_BNTH = attend(q_BNTH, k_BKTH, v_BKTH, layout)
         return self.o_proj(out_BNTH.transpose(1, 2).reshape(B, T, -1))
+
+
+def attend(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, layout: SequenceLayout) -> Tensor:
+    """softmax(q kᵀ / √H) v over what each token may see, [B, N, T, H], by the kernel that suits the layout."""
+    if layout.mask is not None:
+        return _masked(q_BNTH, k_BKTH, v_BKTH, layout.mask)
+    if layout.cu_seqlens is not None:
+        return _varlen(q_BNTH, k_BKTH, v_BKTH, layout.cu_seqlens)
+    return _causal(q_BNTH, k_BKTH, v_BKTH)
 
 
 def _causal(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:

@@ -1,7 +1,25 @@
-"""`torch.compile`, block by block: the blocks are alike, so one compilation serves all of them and takes seconds."""
+"""`torch.compile` in the two sizes that pay: a model's block, and a handful of memory-bound functions.
+
+The blocks of a model are alike, so one compilation serves all of them and takes seconds, not minutes.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+_enabled = True
+
+
+def enable_compile(on: bool) -> None:
+    """--no-compile: the functions below run as they are written."""
+    global _enabled
+    _enabled = on
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -10,3 +28,56 @@ def compile_blocks(model: nn.Module) -> None:
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for block in model.blocks:
         block.compile()
+
+
+def compiled(function: Callable, *, any_length: bool = True) -> Callable:
+    """Make one GPU kernel (or two) of a function of tensors without autograd; on the CPU it runs as it is written.
+
+    The first argument's first dimension, the number of tokens, is symbolic, here and wherever else it stands first:
+    another sequence length compiles nothing anew. The function is handed to torch.compile's backend directly; going
+    through torch.compile costs the host 0.1 ms per call, as much as such a kernel itself may take.
+    """
+    kernels: dict[tuple, Callable] = {}
+
+    @functools.wraps(function)
+    def call(*args):
+        if not (_enabled and args[0].is_cuda) or torch.compiler.is_compiling():
+            return function(*args)
+        tokens = args[0].shape[0] if any_length else -1
+        # 0 and 1 tokens, and 2³¹ numbers, are where a kernel for all other lengths would be wrong.
+        key = tuple(
+            (a.dtype, a.stride(), a.shape[a.shape[:1] == (tokens,) :], a.numel() < 2**31)
+            if isinstance(a, Tensor)
+            else a
+            for a in args
+        )
+        kernel = kernels.get((tokens < 2, key))
+        if kernel is None:
+            kernel = kernels[tokens < 2, key] = _build(function, args, tokens)
+        return kernel(*[a for a in args if isinstance(a, Tensor)])
+
+    return call
+
+
+def _build(function: Callable, args: tuple, tokens: int) -> Callable:
+    """A kernel that takes the tensors among `args`; the other arguments are constants in it."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def fake(tensor: Tensor) -> Tensor:
+        symbolic = tensor.shape[:1] == (tokens,)
+        dims = [DimDynamic.DYNAMIC if symbolic and i == 0 else DimDynamic.STATIC for i in range(tensor.ndim)]
+        return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims))
+
+    def of_tensors(*tensors):
+        waiting = iter(tensors)
+        result = function(*(next(waiting) if isinstance(a, Tensor) else a for a in args))
+        return () if result is None else result
+
+    try:
+        fakes = [fake(a) for a in args if isinstance(a, Tensor)]
+        with mode, torch.no_grad():
+            graph = make_fx(of_tensors)(*fakes)
+        return torch._inductor.compile(graph, fakes)
+    except Exception as error:  # these entrances to the compiler are not promised to stay as they are
+        warnings.warn(f"{function.__name__} goes through torch.compile ({error!r:.200})", stacklevel=2)
+        return torch.compile(of_tensors)

@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.compile import compiled
+
 IGNORE_INDEX = -100
-CHUNK_BYTES = 256 * 2**20  # of float32 logits alive at a time
+CHUNK_BYTES = 256 * 2**20  # of logits alive at a time
 
 
 def linear_cross_entropy(
@@ -69,25 +71,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden_ND[rows] = grad_h_CD
             for grad, part in zip(grads, chunk_grads, strict=True):
                 grad += part
-        ctx.grads = (grad_hidden_ND, grads)
+        ctx.save_for_backward(grad_hidden_ND, *grads)  # not on ctx: autograd frees them after backward
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_hidden_ND, grads = ctx.grads
+        grad_hidden_ND, *grads = ctx.saved_tensors
         scaled = iter(grad * grad_loss for grad in grads)
         grad_hidden_ND = None if grad_hidden_ND is None else grad_hidden_ND * grad_loss
         return grad_hidden_ND, None, None, None, *(next(scaled) if n else None for n in ctx.needs_input_grad[4:])
 
 
+@compiled
 def _cross_entropy_into_gradient_(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     """The chunk's summed loss; overwrites the logits by softmax − onehot, their gradient."""
     wide_CV = logits_CV.to(_wide(logits_CV.dtype))
     logsumexp_C1 = wide_CV.logsumexp(-1, keepdim=True)
     loss = (logsumexp_C1 - wide_CV.gather(1, targets_C[:, None])).sum()
-    softmax_CV = (wide_CV - logsumexp_C1).exp_()
-    softmax_CV.scatter_add_(1, targets_C[:, None], softmax_CV.new_full((len(targets_C), 1), -1.0))
-    logits_CV.copy_(softmax_CV)
+    # Comparing against the target, not writing to its place, keeps this one pass over the logits when compiled.
+    target_CV = targets_C[:, None] == torch.arange(logits_CV.shape[1], device=logits_CV.device)
+    logits_CV.copy_((wide_CV - logsumexp_C1).exp() - target_CV.to(wide_CV.dtype))
     return loss
 
 
@@ -157,7 +160,7 @@ def _trained(head: nn.Module) -> list[nn.Parameter]:
 
 def _chunks(hidden_ND: Tensor, head: nn.Module, chunk: int | None) -> list[slice]:
     N = hidden_ND.shape[0]
-    chunk = chunk or max(1, CHUNK_BYTES // (4 * head.out_features))
+    chunk = chunk or max(1, CHUNK_BYTES // (hidden_ND.element_size() * head.out_features))
     return [slice(start, min(start + chunk, N)) for start in range(0, N, chunk)]
 
 

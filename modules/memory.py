@@ -1,7 +1,7 @@
-"""What a run will need, in bytes, before it starts: an estimate from shapes, good to about a fifth.
+"""What a run will need on its device, in bytes, before it starts: an estimate from shapes, good to about a tenth.
 
-Weights, gradients and optimizer states follow from the parameters. Activations are counted per token: a block that is
-kept whole holds about 6 D + 2 (N + 2 K) H + 4 F numbers, a checkpointed one its input, D numbers.
+Weights, gradients and optimizer states follow from the parameters. Activations are counted per token: what every block
+keeps at the chosen rung, and what the block that is being computed has alive besides.
 
 D model, N query heads, K key/value heads, H head dim, F feed-forward.
 """
@@ -9,29 +9,68 @@ D model, N query heads, K key/value heads, H head dim, F feed-forward.
 import torch
 from torch import Tensor, nn
 
+from modules.activations import kept_per_token
+from modules.lora_block import TILE_BYTES, WORKSPACE_BYTES
 from modules.loss import CHUNK_BYTES
 
+STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "adamw-host": 0}  # per trained parameter
 
-def plan_memory(model: nn.Module, *, tokens: int, dtype: torch.dtype, checkpointed: bool) -> dict[str, int]:
-    """Bytes by purpose for training with micro-batches of `tokens` tokens computed in `dtype`."""
-    parameters = list(model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    config = model.config
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    block = 6 * config.hidden_size + 2 * heads * config.head_dim + 4 * config.intermediate_size
-    kept = len(model.blocks) * (config.hidden_size if checkpointed else block)
+
+def plan_memory(
+    model: nn.Module,
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+    rung: str,
+    every: int = 1,
+    budget: float = 0,
+    fused: bool = False,
+    optimizer: str = "adamw",
+    step_in_backward: bool = False,
+    streamed=None,
+) -> dict[str, int]:
+    """Bytes by purpose for training with micro-batches of `tokens` tokens computed in `dtype`.
+
+    `streamed`: a StreamedWeights, whose parameters are not on the device but for the blocks that visit it.
+    """
+    config, size = model.config, dtype.itemsize
+    D, F = config.hidden_size, config.intermediate_size
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    away = set(streamed.names) | {"model.embed_tokens.weight"} if streamed else set()
+    if config.tie_word_embeddings:
+        away.discard("model.embed_tokens.weight")
+    parameters = dict(model.named_parameters())
+    trained = [p for p in parameters.values() if p.requires_grad]
+    gradients = [storage_bytes(p) for p in trained]
+    plain = 6 * D + 2 * heads + 4 * F  # numbers per token that autograd keeps of a block
+    whole = {"none": plain, "fast": kept_per_token(model)}
+    kept = whole[rung] if rung in whole else (D if rung == "lean" else 0)
+    if fused and rung == "none":
+        kept = whole["fast"]
+    blocks = len(model.blocks)
+    entire = sum(i % every > 0 for i in range(blocks)) if rung not in whole else 0
+    activations = tokens * size * (kept * (blocks - entire) + whole["fast"] * entire)
+    alive = tokens * size * plain  # while a block is computed again
+    if fused:
+        alive = tokens * size * (5 * D + 3 * heads) + min(tokens * 4 * F * size, TILE_BYTES * 4 // 3)
+        alive += min(8 * tokens * config.num_attention_heads * config.head_dim, WORKSPACE_BYTES)
+    quantised = any(hasattr(p, "__tensor_flatten__") for p in parameters.values())
     return {
-        "weights": sum(storage_bytes(p) for p in parameters),
-        "gradients": sum(storage_bytes(p) for p in trained),
-        "optimizer": sum(8 * p.numel() for p in trained),
-        "activations": tokens * (kept + (block if checkpointed else 0)) * dtype.itemsize,
-        "loss": min(tokens * config.vocab_size * 4, CHUNK_BYTES) * 2,
+        "weights": sum(storage_bytes(p) for name, p in parameters.items() if name not in away)
+        + (streamed.card_bytes if streamed else 0),
+        "gradients": max(gradients, default=0) if step_in_backward else sum(gradients),
+        "optimizer": STATE_BYTES[optimizer] * sum(p.numel() for p in trained) + (optimizer == "adamw-host") * 2**28,
+        "activations": int(activations + budget * (rung not in whole)),
+        "one block": alive + (D * F * size if quantised else 0),
+        "loss": min(tokens * config.vocab_size * size, CHUNK_BYTES) + 3 * tokens * D * size,
     }
 
 
 def describe_memory(plan: dict[str, int]) -> str:
+    # A block and the loss are never alive together.
+    total = sum(plan.values()) - min(plan["one block"], plan["loss"])
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
-    return f"memory: about {sum(plan.values()) / 2**30:.2f} GiB ({parts})"
+    return f"memory: about {total / 2**30:.2f} GiB ({parts})"
 
 
 def storage_bytes(tensor: Tensor) -> int:

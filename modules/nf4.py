@@ -8,33 +8,15 @@ forward and backward both need W only as a factor, so a matrix is dequantised wh
 Storage and subclass behaviour are torchao's; quantising and dequantising are written out here, because torchao's
 index with int64 and need 8 to 64 bytes per weight on the way. The scale statistics are kept in float32 whatever
 the weight's dtype, so that dequantising rounds once; for float32 weights the result is torchao's, bit for bit.
-
-This is the only file that imports torchao.
 """
 
-import importlib.metadata
-import logging
-import os
+import functools
 
 import torch
 from torch import Tensor, nn
 
-# NF4Tensor is plain Python: torchao's compiled kernels, and its warnings about those that do not load, are not needed.
-os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
-for noisy in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(noisy).setLevel(logging.ERROR)
-
-try:
-    try:
-        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import NF4Tensor, SubclassTensorArgs  # 0.18
-    except ImportError:
-        from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs  # 0.17
-except ImportError as error:
-    try:
-        found = f"torchao {importlib.metadata.version('torchao')}"
-    except importlib.metadata.PackageNotFoundError:
-        found = "no torchao"
-    raise ImportError(f"NF4 needs torchao 0.17 or 0.18, found {found}: pip install 'torchao>=0.17,<0.19'") from error
+from modules.compile import compiled
+from modules.torchao_parts import NF4Tensor, SubclassTensorArgs
 
 BLOCK = 64  # weights per scale
 SCALE_BLOCK = 256  # scales per float32 factor
@@ -83,20 +65,18 @@ def dequantize_nf4(weight: NF4Tensor, dtype: torch.dtype | None = None) -> Tenso
 
     On CUDA the arithmetic is compiled into one kernel that reads half a byte and writes one value per weight.
     """
-    function = _compiled_dequantize if weight.device.type == "cuda" else _dequantize
-    inner = (weight.quantized_data, weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean)
-    return function(*inner, weight.nf4, dtype or weight.dtype).view(weight.shape)
+    with torch._C.DisableTorchFunctionSubclass():  # asking a subclass for its dtype takes the host 10 µs
+        inner = (weight.quantized_data, weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean)
+        return _dequantize(*inner, weight.nf4, dtype or weight.dtype).view(weight.shape)
 
 
+@functools.partial(compiled, any_length=False)
 def _dequantize(
     packed: Tensor, scales_int8: Tensor, factor: Tensor, mean: Tensor, levels: Tensor, dtype: torch.dtype
 ) -> Tensor:
     scales = (scales_int8.view(factor.numel(), -1) / factor[:, None]).view(-1) + mean  # [blocks]
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).view(scales.numel(), -1)
     return (levels[codes.int()] * scales[:, None]).to(dtype)  # [blocks, block]
-
-
-_compiled_dequantize = torch.compile(_dequantize, dynamic=False)
 
 
 class _FrozenNF4Linear(torch.autograd.Function):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-host")
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
@@ -24,16 +25,35 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, t
     return peak
 
 
-def build_adamw(parameters: dict[str, nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    name: str, parameters: dict[str, nn.Parameter], *, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) over named parameters; matrices decay, vectors (norms, biases) do not.
 
-    float32 parameters use PyTorch's fused kernel; bfloat16 ones are updated with stochastic rounding.
+    adamw       8 bytes of state per parameter, in float32 on the parameter's device
+    adamw-8bit  2 bytes, quantised (modules/optim_8bit.py)
+    adamw-host  8 bytes of host memory, none on the card; every step moves them there and back (modules/optim_host.py)
+
+    bfloat16 parameters are updated with stochastic rounding, by all three. Raises ValueError for an unknown name, or
+    if torchao is missing.
     """
     groups = [
         {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if name == "adamw-8bit":
+        try:
+            from modules.optim_8bit import AdamW8bit
+        except ImportError as error:
+            raise ValueError(f"--optimizer adamw-8bit: {error}") from error
+        return AdamW8bit(groups, lr=lr)
+    if name == "adamw-host":
+        from modules.optim_host import HostAdamW
+
+        return HostAdamW(groups, lr=lr)
+    if name != "adamw":
+        raise ValueError(f"--optimizer {name!r} is not one of {', '.join(OPTIMIZERS)}")
     if any(p.dtype == torch.bfloat16 for p in parameters.values()):
         return StochasticRoundingAdamW(groups, lr=lr)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
@@ -62,18 +82,25 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
                     state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
                 state["step"] += 1
-                self._update(p, state["exp_avg"], state["exp_avg_sq"], state["step"].item(), group)
+                adamw_update(p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"].item(), group)
 
-    @staticmethod
-    def _update(p: Tensor, m: Tensor, v: Tensor, step: float, group: dict) -> None:
-        beta1, beta2 = group["betas"]
-        grad = p.grad.float()
-        m.lerp_(grad, 1 - beta1)
-        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (v.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
-        weight = p.float().mul_(1 - group["lr"] * group["weight_decay"])
-        weight.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**step))
-        p.copy_(stochastic_round(weight) if p.dtype == torch.bfloat16 else weight)
+
+def adamw_update(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: float, group: dict) -> None:
+    """Step number `step`, counted from 1, of AdamW (Alg. 2, arXiv:1711.05101) on p, m and v, in place.
+
+        m ← β₁ m + (1 - β₁) g        v ← β₂ v + (1 - β₂) g²
+        p ← p - lr λ p - lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)
+
+    The arithmetic is float32, as m and v are; a bfloat16 p is then rounded stochastically.
+    """
+    beta1, beta2 = group["betas"]
+    grad = grad.float()
+    m.lerp_(grad, 1 - beta1)
+    v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (v.sqrt() / math.sqrt(1 - beta2**step)).add_(group["eps"])
+    weight = p.float().mul_(1 - group["lr"] * group["weight_decay"])
+    weight.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**step))
+    p.copy_(stochastic_round(weight) if p.dtype == torch.bfloat16 else weight)
 
 
 def stochastic_round(x: Tensor) -> Tensor:

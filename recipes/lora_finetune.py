@@ -35,15 +35,18 @@ from data.chat_templates import load_chat_template, stop_token_ids
 from data.dataset import load_dataset
 from data.tokenizers import load_tokenizer
 from models import build_model
-from modules.activation_checkpointing import checkpoint_activations
-from modules.attention import describe_attention
-from modules.compile import compile_blocks
+from modules.activations import keep_activations
+from modules.attention import choose_attention, describe_attention, use_attention
+from modules.compile import enable_compile
 from modules.device import DTYPES, describe_device, make_deterministic, peak_memory_gib, pick_device, pick_dtype
 from modules.evaluation import evaluate_loss, sample_completion
 from modules.lora import ALL_LINEAR, add_lora
+from modules.lora_block import disagreement, why_not
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory
-from modules.optim import build_adamw, learning_rate
+from modules.optim import build_optimizer, learning_rate
+from modules.step_in_backward import step_in_backward
+from modules.weight_streaming import stream_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1 Config
@@ -105,12 +108,22 @@ class Config:
     """Precision in which adapters are kept; bfloat16 ones are updated with stochastic rounding."""
     quantize: Literal["none", "nf4"] = "none"
     """Keep the frozen linear layers of the blocks in 4 bits."""
-    activations: Literal["none", "lean"] = "lean"
-    """What backward needs: keep everything, or only each block's input and recompute the rest."""
+    activations: Literal["none", "fast", "lean", "offload"] = "lean"
+    """What a block keeps for backward: everything, what is dear to recompute, its input, its input in host memory."""
     activations_every: int = 1
-    """With lean: recompute every k-th block only."""
+    """With lean and offload: only every k-th block; the others are kept as with fast."""
+    activations_gib: float = 0.0
+    """With lean and offload: as many of the last blocks as fit into this memory are kept as with fast."""
+    fused: bool = torch.cuda.is_available()
+    """Run the blocks by the hand-written modules/lora_block.py where it covers them; default: where there is a GPU."""
+    weights: Literal["resident", "stream", "disk"] = "resident"
+    """Where frozen blocks live: on the device, or in host memory or a scratch file, visiting it one block ahead."""
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-host"] = "adamw"
+    """AdamW with its moments in float32, in 8 bits, or in host memory."""
+    step_in_backward: bool = False
+    """Update each weight as soon as its gradient is complete, and free the gradient; needs --max-grad-norm 0."""
     compile: bool = torch.cuda.is_available()
-    """Compile each block; default: where there is a CUDA device, whose compiler pays for its start-up."""
+    """Use torch.compile; default: where there is a CUDA device, whose compiler pays for its start-up."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 …"""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -148,6 +161,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)
     make_deterministic(cfg.deterministic)
+    enable_compile(cfg.compile)
     say(describe_device(device, dtype))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -193,7 +207,12 @@ def train(cfg: Config, run: RunFolder) -> None:
         from modules.nf4 import quantize_nf4  # torchao takes seconds to import
 
         quantize_nf4(model)  # still on the meta device: each weight is quantised as it arrives
-    load_weights(model, weights, device=device, dtype=dtype)
+    streamed = None
+    if cfg.weights != "resident":
+        streamed = stream_weights(model, device, folder=run.path if cfg.weights == "disk" else None)
+    load_weights(model, weights, device=device, dtype=dtype, placed=streamed.take if streamed else None)
+    if streamed:
+        say(streamed.describe())
 
     # -----------------------------------------------------------------------------------------------------------------
     # 5 Adapters / quantisation
@@ -210,20 +229,46 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 6 Memory plan and compile
-    lean = cfg.activations == "lean"
-    if lean:
-        checkpoint_activations(model, cfg.activations_every)
-    if cfg.compile:
-        compile_blocks(model)
+    attention = "default"
+    if not cfg.packing:  # packed documents have one kernel
+        attention = choose_attention(model.config, device, dtype, batch=cfg.batch_size, length=seq_len)
+    say(describe_attention(device, dtype, cfg.packing, attention))
+    bind = streamed.use if streamed else None
+    plain = (why_not(model) or disagreement(model, bind)) if cfg.fused else "--no-fused"
+    say(f"blocks: plain modules ({plain})" if plain else "blocks: forward and backward by hand (modules/lora_block.py)")
+    keep_activations(
+        model,
+        cfg.activations,
+        every=cfg.activations_every,
+        budget=cfg.activations_gib * 2**30,
+        fused=not plain,
+        compile=cfg.compile,
+        bind=bind,
+    )
     autocast = nullcontext()  # every layer already computes in the weights' dtype
-    say(describe_attention(device, dtype, cfg.packing))
-    say(describe_memory(plan_memory(model, tokens=cfg.batch_size * seq_len, dtype=dtype, checkpointed=lean)))
+    plan = plan_memory(
+        model,
+        tokens=cfg.batch_size * seq_len,
+        dtype=dtype,
+        rung=cfg.activations,
+        every=cfg.activations_every,
+        budget=cfg.activations_gib * 2**30,
+        fused=not plain,
+        optimizer=cfg.optimizer,
+        step_in_backward=cfg.step_in_backward,
+        streamed=streamed,
+    )
+    say(describe_memory(plan))
 
     # -----------------------------------------------------------------------------------------------------------------
     # 7 Optimizer and schedule
     if cfg.max_grad_norm < 0:
         raise ValueError(f"--max-grad-norm {cfg.max_grad_norm} is negative; 0 leaves gradients as they are")
-    optimizer = build_adamw(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = build_optimizer(cfg.optimizer, trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    norm_of_backward = None
+    if cfg.step_in_backward:
+        limits = dict(grad_accum=cfg.grad_accum, max_grad_norm=cfg.max_grad_norm, dtype=dtype)
+        norm_of_backward = step_in_backward(optimizer, **limits)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -233,12 +278,13 @@ def train(cfg: Config, run: RunFolder) -> None:
     if checkpoint := run.latest_checkpoint():
         progress = load_training_state(checkpoint, parameters=trainable, optimizer=optimizer, scaler=scaler)
         run.check_resumable(progress.pop("config"), identity, progress.pop("identity"))
+        use_attention(attention := progress.pop("attention"))  # as measured when the run began
         say(f"resuming after step {progress['step']}")
     run.cut_metrics(progress["step"])
     run.prune(cfg.keep_last)
 
     def save_checkpoint() -> None:
-        state = progress | {"config": asdict(cfg), "identity": identity}
+        state = progress | {"config": asdict(cfg), "identity": identity, "attention": attention}
         path = run.checkpoints / f"step-{progress['step']}"
         save_training_state(path, parameters=trainable, optimizer=optimizer, progress=state, scaler=scaler)
         run.prune(cfg.keep_last)
@@ -294,7 +340,10 @@ def train(cfg: Config, run: RunFolder) -> None:
             scaler.scale(loss).backward()
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
-        grad_norm = clip_grad_norm_(trainable.values(), cfg.max_grad_norm or float("inf"))
+        if norm_of_backward:
+            grad_norm = norm_of_backward()
+        else:
+            grad_norm = clip_grad_norm_(trainable.values(), cfg.max_grad_norm or float("inf"))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -33,14 +33,15 @@ from data.chat_templates import load_chat_template, stop_token_ids
 from data.dataset import load_dataset
 from data.tokenizers import load_tokenizer
 from models import build_model
-from modules.activation_checkpointing import checkpoint_activations
-from modules.attention import describe_attention
-from modules.compile import compile_blocks
+from modules.activations import keep_activations
+from modules.attention import choose_attention, describe_attention, use_attention
+from modules.compile import enable_compile
 from modules.device import describe_device, make_deterministic, peak_memory_gib, pick_device, pick_dtype
 from modules.evaluation import evaluate_loss, sample_completion
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory
-from modules.optim import build_adamw, learning_rate
+from modules.optim import build_optimizer, learning_rate
+from modules.step_in_backward import step_in_backward
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1 Config
@@ -94,12 +95,20 @@ class Config:
     """Start from random weights, or from the folder's own (continued pretraining)."""
     master_weights: bool = False
     """Keep the weights in float32 and cast them where they are used."""
-    activations: Literal["none", "lean"] = "lean"
-    """What backward needs: keep everything, or only each block's input and recompute the rest."""
+    activations: Literal["none", "fast", "lean", "offload"] = "lean"
+    """What a block keeps for backward: everything, what is dear to recompute, its input, its input in host memory."""
     activations_every: int = 1
-    """With lean: recompute every k-th block only."""
+    """With lean and offload: only every k-th block; the others are kept as with fast."""
+    activations_gib: float = 0.0
+    """With lean and offload: as many of the last blocks as fit into this memory are kept as with fast."""
+    weights: Literal["resident"] = "resident"
+    """Where the blocks live: here always on the device, since only frozen ones can be streamed."""
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-host"] = "adamw"
+    """AdamW with its moments in float32, in 8 bits, or in host memory."""
+    step_in_backward: bool = False
+    """Update each weight as soon as its gradient is complete, and free the gradient; needs --max-grad-norm 0."""
     compile: bool = torch.cuda.is_available()
-    """Compile each block; default: where there is a CUDA device, whose compiler pays for its start-up."""
+    """Use torch.compile; default: where there is a CUDA device, whose compiler pays for its start-up."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 …"""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -137,6 +146,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)
     make_deterministic(cfg.deterministic)
+    enable_compile(cfg.compile)
     say(describe_device(device, dtype))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -197,20 +207,39 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 6 Memory plan and compile
-    lean = cfg.activations == "lean"
-    if lean:
-        checkpoint_activations(model, cfg.activations_every)
-    if cfg.compile:
-        compile_blocks(model)
+    attention = "default"
+    if not cfg.packing:  # packed documents have one kernel
+        attention = choose_attention(model.config, device, dtype, batch=cfg.batch_size, length=seq_len)
+    say(describe_attention(device, dtype, cfg.packing, attention))
+    keep_activations(
+        model,
+        cfg.activations,
+        every=cfg.activations_every,
+        budget=cfg.activations_gib * 2**30,
+        compile=cfg.compile,
+    )
     autocast = torch.autocast(device.type, dtype, enabled=wide and dtype != torch.float32, cache_enabled=False)
-    say(describe_attention(device, dtype, cfg.packing))
-    say(describe_memory(plan_memory(model, tokens=cfg.batch_size * seq_len, dtype=dtype, checkpointed=lean)))
+    plan = plan_memory(
+        model,
+        tokens=cfg.batch_size * seq_len,
+        dtype=dtype,
+        rung=cfg.activations,
+        every=cfg.activations_every,
+        budget=cfg.activations_gib * 2**30,
+        optimizer=cfg.optimizer,
+        step_in_backward=cfg.step_in_backward,
+    )
+    say(describe_memory(plan))
 
     # -----------------------------------------------------------------------------------------------------------------
     # 7 Optimizer and schedule
     if cfg.max_grad_norm < 0:
         raise ValueError(f"--max-grad-norm {cfg.max_grad_norm} is negative; 0 leaves gradients as they are")
-    optimizer = build_adamw(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = build_optimizer(cfg.optimizer, trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    norm_of_backward = None
+    if cfg.step_in_backward:
+        limits = dict(grad_accum=cfg.grad_accum, max_grad_norm=cfg.max_grad_norm, dtype=dtype)
+        norm_of_backward = step_in_backward(optimizer, **limits)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -220,12 +249,13 @@ def train(cfg: Config, run: RunFolder) -> None:
     if checkpoint := run.latest_checkpoint():
         progress = load_training_state(checkpoint, parameters=trainable, optimizer=optimizer, scaler=scaler)
         run.check_resumable(progress.pop("config"), identity, progress.pop("identity"))
+        use_attention(attention := progress.pop("attention"))  # as measured when the run began
         say(f"resuming after step {progress['step']}")
     run.cut_metrics(progress["step"])
     run.prune(cfg.keep_last)
 
     def save_checkpoint() -> None:
-        state = progress | {"config": asdict(cfg), "identity": identity}
+        state = progress | {"config": asdict(cfg), "identity": identity, "attention": attention}
         path = run.checkpoints / f"step-{progress['step']}"
         save_training_state(path, parameters=trainable, optimizer=optimizer, progress=state, scaler=scaler)
         run.prune(cfg.keep_last)
@@ -282,7 +312,10 @@ def train(cfg: Config, run: RunFolder) -> None:
             scaler.scale(loss).backward()
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
-        grad_norm = clip_grad_norm_(trainable.values(), cfg.max_grad_norm or float("inf"))
+        if norm_of_backward:
+            grad_norm = norm_of_backward()
+        else:
+            grad_norm = clip_grad_norm_(trainable.values(), cfg.max_grad_norm or float("inf"))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

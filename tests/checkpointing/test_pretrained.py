@@ -38,6 +38,28 @@ def test_round_trip_is_bit_identical(tmp_path, monkeypatch):
         load(out)
 
 
+def test_one_block_is_complete_before_the_next(tmp_path):
+    """Streamed weights leave block by block, so the order is the model's, whatever the files' is."""
+    make_checkpoint(tmp_path, num_hidden_layers=12)  # by name, block 10 comes before block 2
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    index = {name: f"{'ab'[i % 2]}.safetensors" for i, name in enumerate(tensors)}  # every block in both files
+    for file in set(index.values()):
+        save_file({name: tensors[name] for name in tensors if index[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    model, placed = build_model(read_config(tmp_path)), []
+
+    def note(name):
+        assert not model.get_parameter(name).is_meta
+        placed.append(name)
+
+    load_weights(model, WeightFiles(tmp_path), device=CPU, dtype=torch.float32, placed=note)
+    assert sorted(placed) == sorted(tensors)
+    blocks = [int(name.split(".")[2]) for name in placed if ".layers." in name]
+    assert blocks == sorted(blocks)
+    assert all(torch.equal(p, tensors[name]) for name, p in model.state_dict().items())
+
+
 def test_cast_and_quantised_on_the_way(tmp_path):
     reference = make_checkpoint(tmp_path)
     half = load(tmp_path, torch.bfloat16)

@@ -82,7 +82,7 @@ def test_gradcheck():
 def test_a_missing_or_moved_torchao_is_named():
     hide = "import sys; sys.modules['torchao'] = None; import modules.nf4"
     done = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True)
-    assert "NF4 needs torchao 0.17 or 0.18, found torchao" in done.stderr.splitlines()[-1]
+    assert "need torchao 0.17 or 0.18, found torchao" in done.stderr.splitlines()[-1]
 
 
 def test_bfloat16_weights_round_once():

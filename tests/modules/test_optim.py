@@ -1,11 +1,13 @@
 """Schedules against transformers', and AdamW for bfloat16 weights against PyTorch's in float32."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 from transformers import get_scheduler
 
-from modules.optim import StochasticRoundingAdamW, build_adamw, learning_rate, stochastic_round
+from modules.optim import OPTIMIZERS, StochasticRoundingAdamW, build_optimizer, learning_rate, stochastic_round
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -22,14 +24,32 @@ def test_schedules_are_those_of_transformers(schedule, warmup):
         reference.step()
 
 
-def test_matrices_decay_vectors_do_not():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_matrices_decay_vectors_do_not(name):
     parameters = {"weight": nn.Parameter(torch.ones(2, 2)), "bias": nn.Parameter(torch.ones(2))}
-    optimizer = build_adamw(parameters, lr=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(name, parameters, lr=0.1, weight_decay=0.5)
     for p in parameters.values():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert torch.allclose(parameters["weight"], torch.full((2, 2), 0.95))
     assert torch.equal(parameters["bias"].data, torch.ones(2))
+
+
+def test_which_optimizer():
+    wide, narrow = ({"w": nn.Parameter(torch.ones(2, 2, dtype=dtype))} for dtype in (torch.float32, torch.bfloat16))
+    settings = dict(lr=0.1, weight_decay=0.0)
+    optimizer = build_optimizer("adamw", wide, **settings)
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
+    assert type(build_optimizer("adamw", narrow, **settings)) is StochasticRoundingAdamW
+    with pytest.raises(ValueError, match="--optimizer 'adam' is not one of adamw, adamw-8bit, adamw-host"):
+        build_optimizer("adam", wide, **settings)
+
+
+def test_a_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "modules.optim_8bit", raising=False)
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ValueError, match="adamw-8bit needs the package torchao: pip install 'torchao>=0.17,<0.19'"):
+        build_optimizer("adamw-8bit", {"w": nn.Parameter(torch.ones(2, 2))}, lr=0.1, weight_decay=0.0)
 
 
 def test_float32_arithmetic_is_adamw():
@@ -61,7 +81,7 @@ def test_small_steps_are_not_lost_in_bfloat16():
     """1,000 steps of a thousandth of the resolution: rounding to nearest would stand still."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.full((64, 64), 1.0, dtype=torch.bfloat16))
-    optimizer = build_adamw({"w": weight}, lr=1e-5, weight_decay=0.0)
+    optimizer = build_optimizer("adamw", {"w": weight}, lr=1e-5, weight_decay=0.0)
     for _ in range(1000):
         weight.grad = torch.ones_like(weight)
         optimizer.step()

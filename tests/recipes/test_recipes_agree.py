@@ -105,4 +105,4 @@ def test_torchao_is_imported_in_one_place():
         for path in (ROOT / folder).rglob("*.py")
         if re.search(r"^\s*(import|from) torchao", path.read_text(), flags=re.MULTILINE)
     ]
-    assert importing == ["modules/nf4.py"]
+    assert importing == ["modules/torchao_parts.py"]

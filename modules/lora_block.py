@@ -1,0 +1,280 @@
+"""A Llama block with LoRA, its forward and backward written by hand.
+
+`models/llama.py` says what a block computes; this file computes the same with less memory and less traffic, because
+it knows what autograd does not: which of a block's values are cheap to have again. With n = norm(x), n' = norm(x'),
+
+    q, k, v  = n W_qkvᵀ + LoRA, rotated        x' = x + attention(q, k, v) W_oᵀ + LoRA
+    gate, up = n' W_guᵀ + LoRA                 y  = x' + (silu(gate) · up) W_dᵀ + LoRA
+
+A frozen product needs nothing kept for its backward, dx = dy W. The rest needs, per token of an 8B Llama in bfloat16,
+x 8 KB, x' 8, q k v 12, attention's output 8 and gate and up 57, together 94 KB; everything else (norms, silu · up, the
+rank-r products) is one pass over memory away. What is kept is the caller's choice:
+
+    fast       those 94 KB: no matrix product is computed a second time
+    lean       x: everything up to gate and up is computed again, the product with W_d, whose result nobody needs, not
+    offload    x, in host memory
+
+The feed-forward runs over tiles of tokens, and attention over groups of heads, so that what is alive inside a block
+grows with neither gate and up (57 KB per token) nor the float32 workspace of attention's backward (32 KB).
+
+This covers blocks of `models/llama.py` whose seven linear layers are nn.Linear, NF4Linear or LoRALinear over one of
+them, frozen but for the adapters, with SiLU, without biases and dropout; `why_not` says what else a model has.
+
+B batch, T tokens (B · T where flat), D model, N query heads, K key/value heads, H head dim, F feed-forward.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.llama import LlamaBlock
+from modules.activation_offload import ActivationOffload
+from modules.attention import SequenceLayout, attend, padded_layout
+from modules.lora import LoRALinear
+from modules.lora_products import AdapterCopies, GradientSum, Projections
+from modules.pointwise import rms_norm, rms_norm_backward, rotate, rotate_backward, swiglu, swiglu_backward_
+
+TILE_BYTES = 512 * 2**20  # of gate, up and silu(gate) · up alive at a time
+WORKSPACE_BYTES = 512 * 2**20  # of attention's backward: dq in float32, dk and dv for every query head
+
+
+def why_not(model: nn.Module) -> str | None:
+    """What the model's blocks have that this file does not cover; None if it covers them."""
+    for block in model.blocks:
+        if type(block) is not LlamaBlock:
+            return f"its blocks are {type(block).__name__}, not LlamaBlock"
+        if block.mlp.activation is not F.silu:
+            return "its feed-forward has another activation than SiLU"
+        for name, layer in block.named_modules():
+            if isinstance(layer, LoRALinear) and layer.dropout.p:
+                return "--dropout is not 0"
+            if getattr(layer, "bias", None) is not None:
+                return f"{name} has a bias"
+        trained = [name for name, p in block.named_parameters() if p.requires_grad]
+        if not trained:
+            return "not every block has an adapter"
+        if other := [name for name in trained if ".lora_" not in name]:
+            return f"{other[0]} is trained, and no adapter"
+    return None
+
+
+def disagreement(model: nn.Module, bind: Callable[[nn.Module], None] | None = None) -> str | None:
+    """Run the first block both ways on a few random tokens; says how the results differ, None if they do not.
+
+    The plain modules are there to be changed, and a change that this file does not know must not be lost silently.
+    """
+    block, norm = model.blocks[0], model.model.norm.weight
+    layout = padded_layout(32).prepare(norm.device, norm.dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 32, model.config.hidden_size, generator=generator).to(norm.device, norm.dtype).requires_grad_()
+    inputs = (*model.model.rotary(layout.positions, layout.longest, norm.dtype), layout)
+    adapters = [p for p in block.parameters() if p.requires_grad]
+    bind = bind or (lambda block: None)
+    bind(block)
+    results = []
+    for y in (block(x, *inputs), FusedBlocks(model).run(block, x, *inputs, keep="lean", bind=bind)):
+        dy = torch.randn(y.shape, generator=generator.manual_seed(1)).to(y)
+        results.append([y, *torch.autograd.grad(y, [x, *adapters], dy, materialize_grads=True)])
+    names = ["output", "∂input", *(f"∂{name}" for name, p in block.named_parameters() if p.requires_grad)]
+    tolerance = 1e-3 if norm.dtype == torch.float32 else 0.05
+    for name, plain, fused in zip(names, *results, strict=True):
+        if not (fused - plain).norm() <= tolerance * plain.norm():
+            return f"modules/lora_block.py gives another {name} than models/llama.py"
+    return None
+
+
+class FusedBlocks:
+    """A model's blocks, run by hand. One block, or a forward through all of them in order, is `run`."""
+
+    def __init__(self, model: nn.Module):
+        self.blocks = {id(block): BlockLayers(block) for block in model.blocks}
+        self.first = model.blocks[0]
+        self.copies: AdapterCopies | None = None
+
+    def run(
+        self,
+        block: LlamaBlock,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layout: SequenceLayout,
+        *,
+        keep: str | ActivationOffload,
+        bind: Callable[[nn.Module], None],
+    ) -> Tensor:
+        """`block(hidden, cos, sin, layout)`, [B, T, D] → [B, T, D].
+
+        keep: "fast", "lean" or where the input is to wait. `bind(block)` is called before the block's weights are read,
+        in forward and in backward: weights that are streamed are brought to the card there.
+        """
+        if block is self.first:  # the optimizer may have stepped since the last forward
+            if self.copies is None:
+                groups = [group for layers in self.blocks.values() for group in layers.groups]
+                self.copies = AdapterCopies(groups, hidden.dtype)
+            self.copies.refresh()
+        layers = self.blocks[id(block)]
+        return _FusedBlock.apply(hidden, cos, sin, layout, layers, keep, lambda: bind(block), *layers.parameters)
+
+
+class BlockLayers:
+    """A block's layers, grouped by the input that they read."""
+
+    def __init__(self, block: LlamaBlock):
+        attention, mlp = block.self_attn, block.mlp
+        self.head_dim = attention.head_dim
+        self.norm, self.norm2 = block.input_layernorm, block.post_attention_layernorm
+        self.qkv = Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = Projections(attention.o_proj)
+        self.gate_up = Projections(mlp.gate_proj, mlp.up_proj)
+        self.down = Projections(mlp.down_proj)
+        self.groups = (self.qkv, self.o, self.gate_up, self.down)
+        self.parameters = [p for group in self.groups for p in group.parameters]
+
+
+class _FusedBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, cos, sin, layout, layers, keep, bind, *adapters):
+        bind()
+        x = hidden.flatten(0, 1)
+        run = _Pass(layers, hidden, cos, sin, layout)
+        kept = run.first_half(x)
+        out = torch.empty_like(x)
+        for tile in run.tiles:
+            gate_up = run.gate_and_up(kept.x_mid[tile])
+            layers.down.forward(swiglu(*gate_up[:2]), onto=kept.x_mid[tile], out=out[tile])
+            if keep == "fast":
+                kept.gate_up.append(gate_up)
+            del gate_up
+        if any(ctx.needs_input_grad):
+            ctx.call = (cos, sin, layout, layers, keep, bind, hidden.shape)
+            ctx.kept = kept if keep == "fast" else None
+            ctx.offloaded = keep.put(x) if isinstance(keep, ActivationOffload) else None
+            ctx.save_for_backward(*([] if ctx.offloaded else [x]))
+        return out.view(hidden.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        cos, sin, layout, layers, keep, bind, shape = ctx.call
+        bind()
+        x = keep.get(ctx.offloaded) if ctx.offloaded else ctx.saved_tensors[0]
+        run = _Pass(layers, x.view(shape), cos, sin, layout)
+        # What was kept serves one backward and is freed on the way; another one (retain_graph) computes it again.
+        kept, ctx.kept = ctx.kept or run.first_half(x), None
+        dy, dx_mid, second_half = grad.flatten(0, 1), None, GradientSum(layers.gate_up, layers.down)
+        for tile in run.tiles:
+            gate_up = kept.gate_up.pop(0) if kept.gate_up else run.gate_and_up(kept.x_mid[tile])
+            dx_tile, grads = run.feed_forward_backward(dy[tile], kept.x_mid[tile], gate_up)
+            second_half.add(grads)
+            dx_mid = _place(dx_mid, dx_tile, tile, len(x))
+            del gate_up, dx_tile
+        kept = kept._replace(x_mid=None)
+        dx, grads = run.attention_backward(dx_mid, x, kept)
+        first_half = GradientSum(layers.qkv, layers.o)
+        first_half.add(grads)
+        return dx.view(shape), *[None] * 6, *first_half.sums, *second_half.sums
+
+
+class Kept(NamedTuple):
+    """What a block's backward needs besides x."""
+
+    heads: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # q, k, v, output of each group of heads: a graph of autograd's
+    a_qkv: Tensor | None
+    a_o: Tensor | None
+    x_mid: Tensor | None
+    gate_up: list[tuple]  # gate, up and a of each tile; empty: to be computed again
+
+
+class _Pass:
+    """One pass, forward or backward, over a block whose weights are on the card. Tokens are flat: x [B·T, D]."""
+
+    def __init__(self, layers: BlockLayers, hidden_BTD: Tensor, cos_BTH: Tensor, sin_BTH: Tensor, layout):
+        B, T, _ = hidden_BTD.shape
+        self.layers, self.layout, self.batch = layers, layout, B
+        self.tables = [table.expand(B, T, -1).reshape(B * T, -1) for table in (cos_BTH, sin_BTH)]
+        q, k, _ = (layer.out_features for layer in layers.qkv.layers)
+        self.groups = _groups(8 * B * T * q, k // layers.head_dim)
+        row = 3 * layers.gate_up.layers[0].out_features * hidden_BTD.element_size()
+        tile = math.ceil(B * T / math.ceil(B * T * row / TILE_BYTES))
+        self.tiles = [slice(start, min(start + tile, B * T)) for start in range(0, B * T, tile)]
+
+    def first_half(self, x: Tensor) -> Kept:
+        """x' = x + attention, with what its backward needs."""
+        layers = self.layers
+        (q, k, v), a_qkv = layers.qkv.forward(rms_norm(x, layers.norm.weight, layers.norm.eps))
+        q, k, v = (t.view(len(x), -1, layers.head_dim) for t in (q, k, v))
+        q, k = rotate(q, k, *self.tables)
+        q, k, v = (t.view(self.batch, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))  # [B, N, T, H]
+        heads = []
+        with torch.enable_grad():
+            for parts in zip(*(t.chunk(self.groups, dim=1) for t in (q, k, v)), strict=True):
+                leaves = [part.detach().requires_grad_() for part in parts]
+                heads.append((*leaves, attend(*leaves, self.layout)))
+        (x_mid,), a_o = layers.o.forward(_together([out.detach() for _, _, _, out in heads]).flatten(1), onto=x)
+        return Kept(heads, a_qkv, a_o, x_mid, [])
+
+    def attention_backward(self, dx_mid: Tensor, x: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
+        """∂x, and the gradients of the adapters of q, k, v and o. Empties `kept.heads` on the way."""
+        layers = self.layers
+        dout, g_o = layers.o.backward([dx_mid])
+        out = _together([out.detach() for _, _, _, out in kept.heads]).flatten(1)
+        grads_o = layers.o.gradients([dx_mid], g_o, out, kept.a_o)
+        del out
+        dout = dout.view(self.batch, -1, dout.shape[1] // layers.head_dim, layers.head_dim).transpose(1, 2)
+        parts = []
+        for dout_g in dout.chunk(self.groups, dim=1):
+            *leaves, out = kept.heads.pop(0)
+            parts.append(torch.autograd.grad(out, leaves, dout_g))
+            del leaves, out
+        del dout, dout_g
+        dq, dk, dv = (_together(part) for part in zip(*parts, strict=True))
+        del parts
+        dqkv = [t.flatten(1) for t in (*rotate_backward(dq, dk, *self.tables), dv)]
+        del dq, dk, dv
+        dn, g_qkv = layers.qkv.backward(dqkv)
+        dx, n = rms_norm_backward(dn, x, layers.norm.weight, layers.norm.eps, dx_mid)
+        return dx, layers.qkv.gradients(dqkv, g_qkv, n, kept.a_qkv) + grads_o
+
+    def gate_and_up(self, x_mid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        norm = self.layers.norm2
+        (gate, up), a = self.layers.gate_up.forward(rms_norm(x_mid, norm.weight, norm.eps))
+        return gate, up, a
+
+    def feed_forward_backward(self, dy: Tensor, x_mid: Tensor, gate_up: tuple) -> tuple[Tensor, list[Tensor]]:
+        """∂x' of a tile, and the gradients of the adapters of gate, up and down; overwrites gate and up."""
+        layers, norm = self.layers, self.layers.norm2
+        gate, up, a = gate_up
+        dh, g_down = layers.down.backward([dy])
+        swiglu_backward_(gate, up, dh)
+        dgate, dup, h = gate, up, dh
+        grads_down = layers.down.gradients([dy], g_down, h, layers.down.low_rank(h))
+        del dh, h
+        dn, g = layers.gate_up.backward([dgate, dup])
+        dx_mid, n = rms_norm_backward(dn, x_mid, norm.weight, norm.eps, dy)
+        return dx_mid, layers.gate_up.gradients([dgate, dup], g, n, a) + grads_down
+
+
+def _together(groups_BNTH: Sequence[Tensor]) -> Tensor:
+    """Heads side by side, as the products read them: [B·T, N, H]."""
+    joined = torch.cat(list(groups_BNTH), dim=1) if len(groups_BNTH) > 1 else groups_BNTH[0]
+    return joined.transpose(1, 2).flatten(0, 1)
+
+
+def _place(whole, part: Tensor, rows: slice, tokens: int) -> Tensor:
+    """Collect tiles; a single one is the whole."""
+    if len(part) == tokens:
+        return part
+    if rows.start == 0:
+        whole = part.new_empty(tokens, *part.shape[1:])
+    whole[rows] = part
+    return whole
+
+
+def _groups(workspace_bytes: int, kv_heads: int) -> int:
+    """Into how many groups attention's heads are split: a divisor of the key/value heads."""
+    wanted = min(math.ceil(workspace_bytes / WORKSPACE_BYTES), kv_heads)
+    return next(groups for groups in range(wanted, kv_heads + 1) if kv_heads % groups == 0)
