@@ -19,8 +19,10 @@ import torch
 HOW_LONG = ("max_steps", "epochs")
 # Settings that a resumed run may change: they say where, how long and how closely watched, not what is computed.
 WATCHING = ("save_every", "keep_last", "eval_every", "eval_data", "tensorboard", "wandb")
+# Where things are kept: a run that died of memory must be able to go on with less (equal up to rounding).
+MEMORY = ("activations", "activations_every", "activations_gib", "weights", "embedding")
 # The same files under another path are the same: their fingerprints are compared.
-MAY_CHANGE = ("output", "resume", "device", "model", "data", *HOW_LONG, *WATCHING)
+MAY_CHANGE = ("output", "resume", "device", "model", "data", *HOW_LONG, *WATCHING, *MEMORY)
 DIFF_BYTES = 1_000_000
 
 

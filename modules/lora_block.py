@@ -38,7 +38,7 @@ from modules.lora import LoRALinear
 from modules.lora_products import AdapterCopies, GradientSum, Projections
 from modules.pointwise import rms_norm, rms_norm_backward, rotate, rotate_backward, swiglu, swiglu_backward_
 
-TILE_BYTES = 512 * 2**20  # of gate, up and silu(gate) · up alive at a time
+TILE_BYTES = 768 * 2**20  # of gate, up and silu(gate) · up alive at a time
 WORKSPACE_BYTES = 512 * 2**20  # of attention's backward: dq in float32, dk and dv for every query head
 
 

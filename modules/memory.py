@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.activations import kept_per_token
+from modules.host_embedding import HostEmbedding
 from modules.lora_block import TILE_BYTES, WORKSPACE_BYTES
 from modules.loss import CHUNK_BYTES
 
@@ -18,10 +19,10 @@ STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "adamw-host": 0}  # per trained para
 
 def plan_memory(
     model: nn.Module,
+    rung: str,
     *,
     tokens: int,
     dtype: torch.dtype,
-    rung: str,
     every: int = 1,
     budget: float = 0,
     fused: bool = False,
@@ -36,9 +37,9 @@ def plan_memory(
     config, size = model.config, dtype.itemsize
     D, F = config.hidden_size, config.intermediate_size
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    away = set(streamed.names) | {"model.embed_tokens.weight"} if streamed else set()
-    if config.tie_word_embeddings:
-        away.discard("model.embed_tokens.weight")
+    away = set(streamed.names) if streamed else set()
+    if isinstance(model.model.embed_tokens, HostEmbedding):
+        away.add("model.embed_tokens.weight")
     parameters = dict(model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]
     gradients = [storage_bytes(p) for p in trained]

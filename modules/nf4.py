@@ -117,13 +117,18 @@ class NF4Linear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-def quantize_nf4(model: nn.Module) -> list[str]:
-    """Replace every linear layer of the model's blocks by an NF4Linear; embeddings and head stay dense.
+def quantize_nf4(model: nn.Module, *, head: bool = False) -> list[str]:
+    """Replace every linear layer of the model's blocks, and its head if wanted, by an NF4Linear.
 
     Works before loading (on the meta device: each weight is then quantised as it arrives, and the dense model never
-    exists) or after it. Returns the names of the replaced layers.
+    exists) or after it. Returns the names of the replaced layers. Raises ValueError for a head that is the embedding.
     """
     names = []
+    if head:
+        if model.lm_head.weight is model.model.embed_tokens.weight:
+            raise ValueError("--quantize-head: this model's head shares the embedding's weight, which stays dense")
+        model.lm_head = NF4Linear.from_linear(model.lm_head)
+        names.append("lm_head")
     for prefix, block in ((n, m) for n, m in model.named_modules() if any(m is b for b in model.blocks)):
         for name, layer in list(block.named_modules()):
             if type(layer) is nn.Linear:

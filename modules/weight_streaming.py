@@ -20,7 +20,7 @@ computing with a block that nobody called for is an error about devices, not a w
 layers show their place on the card, where `add_lora` then puts the adapters; its contents are NaN.)
 
 Norms, biases, adapters and the head stay on the card. So does a tied embedding; an untied one stays in host memory and
-sends the rows that a batch needs (`HostEmbedding`).
+sends the rows that a batch needs (modules/host_embedding.py).
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from modules.host_embedding import keep_embedding_on_host
 from modules.host_memory import pinned_empty
 from modules.lora import lora_layers
 
@@ -43,20 +44,26 @@ NEEDS_RECOMPUTATION = (
     "streamed weights have left the card when backward comes, so every block must be computed again there: "
     "choose --activations lean or offload, or run without gradients"
 )
+ARE_FROZEN = (
+    "streamed weights are frozen: their updates would be lost; train adapters, norms and biases, or keep the weights "
+    "resident"
+)
 
 
 def stream_weights(model: nn.Module, device: torch.device, *, folder: Path | None = None) -> "StreamedWeights":
     """Keep the weights of the blocks' linear layers in page-locked host memory, or in a scratch file in `folder`.
 
-    For a model on the meta device (give `load_weights` the result's `take`) or a loaded one, before `add_lora`. The
+    For a frozen model on the meta device (give `load_weights` the result's `take`) or loaded, before `add_lora`. The
     model then runs without gradients; to train it, something must recompute the blocks and call `use` before each one,
     in forward and in backward (`keep_activations` with `bind=streamed.use`).
     """
     if lora_layers(model):
         raise ValueError("stream_weights comes before add_lora: adapters do not travel")
     streamed = StreamedWeights(model, device, folder)
+    if any(model.get_parameter(name).requires_grad for name in streamed.names):
+        raise ValueError(ARE_FROZEN)
     if model.lm_head.weight is not model.model.embed_tokens.weight:
-        model.model.embed_tokens = HostEmbedding.from_embedding(model.model.embed_tokens, device)
+        keep_embedding_on_host(model, device)
     for name in streamed.names:
         if not model.get_parameter(name).is_meta:
             streamed.take(name)
@@ -194,10 +201,7 @@ class StreamedWeights:
         assert not self._expected, f"{len(self._expected)} streamed weights are not loaded: load_weights(placed=…take)"
         for block in self.blocks:
             if any(block.get_submodule(layer).weight.requires_grad for layer in self.layers):
-                raise ValueError(
-                    "streamed weights are frozen: their updates would be lost; train adapters, norms and biases, "
-                    "or keep the weights on the card"
-                )
+                raise ValueError(ARE_FROZEN)
         for i in range(len(self.blocks)):
             self._bind(i, self.in_host[i])
         self._started = True
@@ -236,37 +240,6 @@ class StreamedWeights:
         for layer, parameter in zip(self.layers, parameters, strict=True):
             # By name, since add_lora replaces layers; past nn.Module's __setattr__, since this runs for every block.
             self.blocks[i].get_submodule(layer)._parameters["weight"] = parameter
-
-
-class HostEmbedding(nn.Embedding):
-    """A frozen embedding in host memory; a batch's rows, T · D numbers, travel instead of V · D on the card.
-
-    Token ids can be on the CPU. Those on the card are fetched, for which the host waits until the card has done all
-    that is queued: once per micro-batch, where forward begins.
-    """
-
-    @classmethod
-    def from_embedding(cls, dense: nn.Embedding, device: torch.device) -> "HostEmbedding":
-        """Take over `dense`'s weight; one that is still on the meta device goes to the host when it is loaded."""
-        layer = cls(dense.num_embeddings, dense.embedding_dim, device="meta")
-        weight = dense.weight if dense.weight.is_meta else cls.pack_weight(dense.weight.detach())
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        layer.device = device
-        return layer.train(dense.training)
-
-    @staticmethod
-    def pack_weight(dense: Tensor) -> Tensor:
-        """How a checkpoint's weight is stored in this layer (`load_weights` asks every module for this)."""
-        return dense.cpu()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        if self.weight.requires_grad:
-            raise ValueError("an embedding in host memory is frozen; keep the weights on the card to train it")
-        # The pinned allocator keeps these rows from reuse until their copy has ended.
-        shape, pinned = (ids.numel(), self.embedding_dim), self.device.type == "cuda"
-        rows = torch.empty(shape, dtype=self.weight.dtype, device="cpu", pin_memory=pinned)
-        torch.index_select(self.weight, 0, ids.flatten().cpu(), out=rows)
-        return rows.to(self.device, non_blocking=True).view(*ids.shape, self.embedding_dim)
 
 
 def _parts(weight: Tensor) -> dict[str, Tensor]:

@@ -147,6 +147,7 @@ def main(cfg: Config) -> None:
 
 
 def train(cfg: Config, run: RunFolder) -> None:
+    begun = time.perf_counter()
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)
@@ -193,6 +194,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 4 Model and weights
     weights = WeightFiles(folder)
+    choose_trainable(model, cfg.freeze_layers, cfg.trainable)
     wide = cfg.master_weights or dtype == torch.float16  # float16 cannot hold an Adam step: weights stay float32
     weight_dtype = torch.float32 if wide else dtype
     streamed = None
@@ -204,7 +206,6 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 5 Adapters / quantisation
-    choose_trainable(model, cfg.freeze_layers, cfg.trainable)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     say(f"training {sum(p.numel() for p in trainable.values()):,} of {count(model):,} parameters")
 
@@ -215,26 +216,11 @@ def train(cfg: Config, run: RunFolder) -> None:
         attention = choose_attention(model.config, device, dtype, batch=cfg.batch_size, length=seq_len)
     say(describe_attention(device, dtype, cfg.packing, attention))
     bind = streamed.use if streamed else None
-    keep_activations(
-        model,
-        cfg.activations,
-        every=cfg.activations_every,
-        budget=cfg.activations_gib * 2**30,
-        compile=cfg.compile,
-        bind=bind,
-    )
+    measures = dict(every=cfg.activations_every, budget=cfg.activations_gib * 2**30)
+    keep_activations(model, cfg.activations, **measures, compile=cfg.compile, bind=bind)
     autocast = torch.autocast(device.type, dtype, enabled=wide and dtype != torch.float32, cache_enabled=False)
-    plan = plan_memory(
-        model,
-        tokens=cfg.batch_size * seq_len,
-        dtype=dtype,
-        rung=cfg.activations,
-        every=cfg.activations_every,
-        budget=cfg.activations_gib * 2**30,
-        optimizer=cfg.optimizer,
-        step_in_backward=cfg.step_in_backward,
-        streamed=streamed,
-    )
+    measures |= dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward, streamed=streamed)
+    plan = plan_memory(model, cfg.activations, **measures, tokens=cfg.batch_size * seq_len, dtype=dtype)
     say(describe_memory(plan))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -293,6 +279,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         run.draw()
 
     model.train()
+    first = progress["step"] + 1
     for epoch, step_in_epoch, micro_batches in batches.steps(progress["epoch"], progress["step_in_epoch"]):
         if progress["step"] >= total_steps or run.stop_requested:
             break
@@ -333,6 +320,9 @@ def train(cfg: Config, run: RunFolder) -> None:
         row |= {"peak_memory_gib": peak_memory_gib(device), "seconds": seconds}
         run.log(row)
         loggers.log(row)
+        if progress["step"] == first:
+            waited = f"first step done after {time.perf_counter() - begun:.1f} s, {seconds:.1f} s of them its own"
+            tqdm.write(waited, file=sys.stderr)
         bar.update()
         bar.set_postfix_str(
             f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"

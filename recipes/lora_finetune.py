@@ -40,6 +40,7 @@ from modules.attention import choose_attention, describe_attention, use_attentio
 from modules.compile import enable_compile
 from modules.device import DTYPES, describe_device, make_deterministic, peak_memory_gib, pick_device, pick_dtype
 from modules.evaluation import evaluate_loss, sample_completion
+from modules.host_embedding import keep_embedding_on_host
 from modules.lora import ALL_LINEAR, add_lora
 from modules.lora_block import disagreement, why_not
 from modules.loss import linear_cross_entropy
@@ -108,6 +109,10 @@ class Config:
     """Precision in which adapters are kept; bfloat16 ones are updated with stochastic rounding."""
     quantize: Literal["none", "nf4"] = "none"
     """Keep the frozen linear layers of the blocks in 4 bits."""
+    quantize_head: bool = False
+    """The head, too; losses rise a little."""
+    embedding: Literal["resident", "host"] = "resident"
+    """Where the input embedding lives: on the device, or in host memory, from where a batch's rows travel."""
     activations: Literal["none", "fast", "lean", "offload"] = "lean"
     """What a block keeps for backward: everything, what is dear to recompute, its input, its input in host memory."""
     activations_every: int = 1
@@ -157,6 +162,7 @@ def main(cfg: Config) -> None:
 
 
 def train(cfg: Config, run: RunFolder) -> None:
+    begun = time.perf_counter()
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)
@@ -203,10 +209,15 @@ def train(cfg: Config, run: RunFolder) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 4 Model and weights
     weights = WeightFiles(folder)
+    if cfg.quantize_head and cfg.quantize == "none":
+        raise ValueError("--quantize-head quantises the head like the blocks: it needs --quantize nf4")
     if cfg.quantize == "nf4":
         from modules.nf4 import quantize_nf4  # torchao takes seconds to import
 
-        quantize_nf4(model)  # still on the meta device: each weight is quantised as it arrives
+        quantize_nf4(model, head=cfg.quantize_head)  # still on the meta device: each weight is quantised as it arrives
+    model.requires_grad_(False)
+    if cfg.embedding == "host":
+        keep_embedding_on_host(model, device)
     streamed = None
     if cfg.weights != "resident":
         streamed = stream_weights(model, device, folder=run.path if cfg.weights == "disk" else None)
@@ -236,28 +247,11 @@ def train(cfg: Config, run: RunFolder) -> None:
     bind = streamed.use if streamed else None
     plain = (why_not(model) or disagreement(model, bind)) if cfg.fused else "--no-fused"
     say(f"blocks: plain modules ({plain})" if plain else "blocks: forward and backward by hand (modules/lora_block.py)")
-    keep_activations(
-        model,
-        cfg.activations,
-        every=cfg.activations_every,
-        budget=cfg.activations_gib * 2**30,
-        fused=not plain,
-        compile=cfg.compile,
-        bind=bind,
-    )
+    measures = dict(every=cfg.activations_every, budget=cfg.activations_gib * 2**30, fused=not plain)
+    keep_activations(model, cfg.activations, **measures, compile=cfg.compile, bind=bind)
     autocast = nullcontext()  # every layer already computes in the weights' dtype
-    plan = plan_memory(
-        model,
-        tokens=cfg.batch_size * seq_len,
-        dtype=dtype,
-        rung=cfg.activations,
-        every=cfg.activations_every,
-        budget=cfg.activations_gib * 2**30,
-        fused=not plain,
-        optimizer=cfg.optimizer,
-        step_in_backward=cfg.step_in_backward,
-        streamed=streamed,
-    )
+    measures |= dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward, streamed=streamed)
+    plan = plan_memory(model, cfg.activations, **measures, tokens=cfg.batch_size * seq_len, dtype=dtype)
     say(describe_memory(plan))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -315,6 +309,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         run.draw()
 
     model.train()
+    first = progress["step"] + 1
     for epoch, step_in_epoch, micro_batches in batches.steps(progress["epoch"], progress["step_in_epoch"]):
         if progress["step"] >= total_steps or run.stop_requested:
             break
@@ -355,6 +350,9 @@ def train(cfg: Config, run: RunFolder) -> None:
         row |= {"peak_memory_gib": peak_memory_gib(device), "seconds": seconds}
         run.log(row)
         loggers.log(row)
+        if progress["step"] == first:
+            waited = f"first step done after {time.perf_counter() - begun:.1f} s, {seconds:.1f} s of them its own"
+            tqdm.write(waited, file=sys.stderr)
         bar.update()
         bar.set_postfix_str(
             f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"

@@ -142,6 +142,7 @@ def main(cfg: Config) -> None:
 
 
 def train(cfg: Config, run: RunFolder) -> None:
+    begun = time.perf_counter()
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     torch.manual_seed(cfg.seed)
@@ -211,24 +212,11 @@ def train(cfg: Config, run: RunFolder) -> None:
     if not cfg.packing:  # packed documents have one kernel
         attention = choose_attention(model.config, device, dtype, batch=cfg.batch_size, length=seq_len)
     say(describe_attention(device, dtype, cfg.packing, attention))
-    keep_activations(
-        model,
-        cfg.activations,
-        every=cfg.activations_every,
-        budget=cfg.activations_gib * 2**30,
-        compile=cfg.compile,
-    )
+    measures = dict(every=cfg.activations_every, budget=cfg.activations_gib * 2**30)
+    keep_activations(model, cfg.activations, **measures, compile=cfg.compile)
     autocast = torch.autocast(device.type, dtype, enabled=wide and dtype != torch.float32, cache_enabled=False)
-    plan = plan_memory(
-        model,
-        tokens=cfg.batch_size * seq_len,
-        dtype=dtype,
-        rung=cfg.activations,
-        every=cfg.activations_every,
-        budget=cfg.activations_gib * 2**30,
-        optimizer=cfg.optimizer,
-        step_in_backward=cfg.step_in_backward,
-    )
+    measures |= dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward)
+    plan = plan_memory(model, cfg.activations, **measures, tokens=cfg.batch_size * seq_len, dtype=dtype)
     say(describe_memory(plan))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -287,6 +275,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         run.draw()
 
     model.train()
+    first = progress["step"] + 1
     for epoch, step_in_epoch, micro_batches in batches.steps(progress["epoch"], progress["step_in_epoch"]):
         if progress["step"] >= total_steps or run.stop_requested:
             break
@@ -327,6 +316,9 @@ def train(cfg: Config, run: RunFolder) -> None:
         row |= {"peak_memory_gib": peak_memory_gib(device), "seconds": seconds}
         run.log(row)
         loggers.log(row)
+        if progress["step"] == first:
+            waited = f"first step done after {time.perf_counter() - begun:.1f} s, {seconds:.1f} s of them its own"
+            tqdm.write(waited, file=sys.stderr)
         bar.update()
         bar.set_postfix_str(
             f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"

@@ -17,7 +17,8 @@ from modules.generation import generate
 from modules.lora import add_lora, lora_layers
 from modules.loss import linear_cross_entropy
 from modules.nf4 import NF4Tensor, quantize_nf4
-from modules.weight_streaming import HostEmbedding, StreamedWeights, stream_weights
+from modules.host_embedding import HostEmbedding
+from modules.weight_streaming import StreamedWeights, stream_weights
 from tests.tiny import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def base(tmp_path_factory) -> Path:
 
 
 def load(folder, *, stream, nf4=False, scratch=None, device=CPU, dtype=torch.float32):
-    model = build_model(read_config(folder))
+    model = build_model(read_config(folder)).requires_grad_(False)
     if nf4:
         quantize_nf4(model)
     streamed = stream_weights(model, device, folder=scratch) if stream else None
@@ -249,7 +250,7 @@ def test_mistakes_are_explained(base, tmp_path, monkeypatch):
     model, _ = load_lora(base, stream=False)
     with pytest.raises(ValueError, match="before add_lora"):
         stream_weights(model, CPU)
-    model = build_model(read_config(base))
+    model = build_model(read_config(base)).requires_grad_(False)
     stream_weights(model, CPU)
     load_weights(model, WeightFiles(base), device=CPU, dtype=torch.float32)
     with pytest.raises(AssertionError, match="placed="), torch.no_grad():
