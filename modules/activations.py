@@ -53,7 +53,7 @@ def keep_activations(
         raise ValueError("--activations-gib must not be negative")
     if bind and not fused and (rung in ("none", "fast") or every > 1 or budget):
         raise ValueError(NEEDS_RECOMPUTATION)  # autograd would keep weights that have left the card
-    bind = bind or (lambda block: None)
+    streaming, bind = bind is not None, bind or (lambda block: None)
     offload = ActivationOffload(model.model.norm.weight.device) if rung == "offload" else None
     hand_written = FusedBlocks(model) if fused else None
     index = {id(block): i for i, block in enumerate(model.blocks)}
@@ -79,6 +79,9 @@ def keep_activations(
         policy = partial(create_selective_checkpoint_contexts, keep_products)
         return checkpoint(block, hidden, *inputs, use_reentrant=False, context_fn=policy)
 
+    def run_lean(block: nn.Module, hidden: Tensor, *inputs) -> Tensor:
+        return checkpoint(run_block, block, hidden, *inputs, use_reentrant=False)
+
     def run_plain(block: nn.Module, hidden: Tensor, *inputs) -> Tensor:
         keep = rung_of(block, hidden) if torch.is_grad_enabled() else "none"
         if keep == "none":
@@ -86,7 +89,7 @@ def keep_activations(
         if keep == "fast":
             return run_fast(block, hidden, *inputs)
         if keep == "lean":
-            return checkpoint(run_block, block, hidden, *inputs, use_reentrant=False)
+            return run_lean(block, hidden, *inputs)
         with saved_tensors_hooks(partial(_put, offload, hidden), partial(_get, offload)):
             return checkpoint(run_block, block, hidden, *inputs, use_reentrant=False)
 
@@ -95,6 +98,8 @@ def keep_activations(
     if compile and not fused:
         compile_blocks(model)
         run_fast = torch.compile(run_fast)
+        if not streaming:  # then the compiler sees that a block's last product need not be computed again
+            run_lean = torch.compile(run_lean)
     model.model.run_block = run_hand_written if fused else run_plain
 
 
