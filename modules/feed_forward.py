@@ -1,5 +1,6 @@
 """The gated feed-forward network of Llama: SwiGLU (arXiv:2002.05202, Eq. 6)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -8,6 +9,7 @@ ACTIVATIONS = {
     "swish": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # arXiv:1606.08415, Sec. 2; OpenAI's CLIP
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }

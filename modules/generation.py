@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.attention import SequenceLayout, padded_layout
+from modules.image_tokens import Images
 
 
 @torch.no_grad()
@@ -24,8 +25,11 @@ def generate(
     stop_ids: Collection[int] = (),
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    images: Images | None = None,
 ) -> list[list[int]]:
     """New token ids for each prompt, up to and including the first of `stop_ids`; temperature 0 is greedy.
+
+    `images` stand in the prompts (`place_images(prompts, ...)`); with a cache, only the first pass sees them.
 
     Raises ValueError for an empty prompt or one that leaves no room in the model's positions.
     """
@@ -39,7 +43,7 @@ def generate(
 
     training = model.training
     model.eval()
-    weight = model.model.norm.weight
+    weight = model.lm_head.weight
     device, dtype = weight.device, weight.dtype
     B = len(prompts)
     tokens_BT = torch.zeros(B, longest + max_new_tokens, dtype=torch.long)
@@ -50,11 +54,12 @@ def generate(
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     rows = torch.arange(B, device=device)
+    pictures = {} if images is None else {"images": images.prepare(device, dtype)}
 
     for new in range(max_new_tokens):
         if caches is None or new == 0:
             end = longest + new
-            hidden_BTD = model(tokens_BT[:, :end], padded_layout(end).prepare(device, dtype), caches)
+            hidden_BTD = model(tokens_BT[:, :end], padded_layout(end).prepare(device, dtype), caches, **pictures)
             hidden_BD = hidden_BTD[rows, lengths - 1]
         else:
             layout = SequenceLayout(positions=(lengths - 1)[:, None], longest=longest + new)

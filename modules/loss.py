@@ -82,16 +82,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden_ND, None, None, None, *(next(scaled) if n else None for n in ctx.needs_input_grad[4:])
 
 
-@compiled
 def _cross_entropy_into_gradient_(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     """The chunk's summed loss; overwrites the logits by softmax − onehot, their gradient."""
+    loss, at_target_C1 = _softmax_(logits_CV, targets_C[:, None])
+    logits_CV.scatter_(1, targets_C[:, None], at_target_C1)
+    return loss
+
+
+@compiled
+def _softmax_(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrites logits by probabilities; the summed loss, and p − 1 of the targets before p is rounded."""
     wide_CV = logits_CV.to(_wide(logits_CV.dtype))
     logsumexp_C1 = wide_CV.logsumexp(-1, keepdim=True)
-    loss = (logsumexp_C1 - wide_CV.gather(1, targets_C[:, None])).sum()
-    # Comparing against the target, not writing to its place, keeps this one pass over the logits when compiled.
-    target_CV = targets_C[:, None] == torch.arange(logits_CV.shape[1], device=logits_CV.device)
-    logits_CV.copy_((wide_CV - logsumexp_C1).exp() - target_CV.to(wide_CV.dtype))
-    return loss
+    logprob_C1 = wide_CV.gather(1, targets_C1) - logsumexp_C1
+    logits_CV.copy_((wide_CV - logsumexp_C1).exp())
+    return -logprob_C1.sum(), (logprob_C1.exp() - 1).to(logits_CV.dtype)
 
 
 class _LinearLogprobs(torch.autograd.Function):

@@ -5,12 +5,12 @@ import torch
 
 from data.batches import SequenceLayout
 from models import build_model
-from modules import lora_block
+from modules import compile, lora_block
 from modules.activations import RUNGS, keep_activations
 from modules.attention import packed_layout, padded_layout
 from modules.lora import ALL_LINEAR, add_lora, lora_layers
 from modules.loss import linear_cross_entropy
-from modules.nf4 import quantize_nf4
+from modules.nf4 import NF4Linear, quantize_nf4, quantize_nf4_tensor
 
 CONFIG = dict(
     architectures=["LlamaForCausalLM"],
@@ -199,3 +199,40 @@ def test_streamed_weights_must_be_computed_again():
     for rung in ("none", "fast"):
         with pytest.raises(ValueError, match="left the card"):
             keep_activations(make_model(), rung, bind=print)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("nf4", [False, True])
+def test_rungs_on_a_gpu(nf4, monkeypatch):
+    """bfloat16: every rung's loss and gradients are the plain model's up to rounding; lengths compile nothing anew."""
+    shape = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4)
+    device, built = torch.device("cuda"), []
+    build = compile._build
+    monkeypatch.setattr(compile, "_build", lambda *args: built.append(args[0].__name__) or build(*args))
+    model = make_model(nf4=False, **shape).to(device, torch.bfloat16)
+    for layer in lora_layers(model).values():
+        layer.lora_A.float(), layer.lora_B.float()
+    if nf4:
+        for block in model.blocks:
+            for name, layer in lora_layers(block).items():
+                layer.base_class = NF4Linear
+                layer.weight = torch.nn.Parameter(quantize_nf4_tensor(layer.weight.detach()), requires_grad=False)
+    ids = torch.randint(0, 97, (2, 1024), generator=torch.Generator().manual_seed(1)).to(device)
+    loss, gradients = loss_and_gradients(model, padded_layout(1024).prepare(device, torch.bfloat16), ids)
+    peaks = {}
+    for rung in ("fast", "lean", "offload"):
+        for fused in (False, True):
+            keep_activations(model, rung, fused=fused)
+            for length in (1024, 512, 640, 1024):
+                layout = padded_layout(length).prepare(device, torch.bfloat16)
+                if length == 640:
+                    built.clear()
+                torch.cuda.reset_peak_memory_stats()
+                got_loss, got = loss_and_gradients(model, layout, ids[:, :length])
+            assert not built
+            peaks[rung, fused] = torch.cuda.max_memory_allocated()
+            assert abs(got_loss - loss) < 2e-3 * loss, (rung, fused)
+            for name, gradient in gradients.items():
+                assert (got[name] - gradient).norm() <= 0.05 * gradient.norm(), (rung, fused, name)
+    assert peaks["offload", True] < peaks["lean", True] < peaks["fast", True] < peaks["fast", False]
