@@ -215,7 +215,7 @@ def test_rungs_on_a_gpu(nf4, monkeypatch):
         layer.lora_A.float(), layer.lora_B.float()
     if nf4:
         for block in model.blocks:
-            for name, layer in lora_layers(block).items():
+            for layer in lora_layers(block).values():
                 layer.base_class = NF4Linear
                 layer.weight = torch.nn.Parameter(quantize_nf4_tensor(layer.weight.detach()), requires_grad=False)
     ids = torch.randint(0, 97, (2, 1024), generator=torch.Generator().manual_seed(1)).to(device)

@@ -14,10 +14,10 @@ from models import build_model
 from models.llama import run_block
 from modules import weight_streaming
 from modules.generation import generate
+from modules.host_embedding import HostEmbedding
 from modules.lora import add_lora, lora_layers
 from modules.loss import linear_cross_entropy
 from modules.nf4 import NF4Tensor, quantize_nf4
-from modules.host_embedding import HostEmbedding
 from modules.weight_streaming import StreamedWeights, stream_weights
 from tests.tiny import make_checkpoint
 
