@@ -11,15 +11,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpointing.pretrained import COMPANIONS, INDEX, WEIGHTS
+from checkpointing.pretrained import COMPANIONS, INDEX, WEIGHTS, WeightFiles, matches, on_disk
 from checkpointing.safetensors_file import Spec, spec_bytes, specs_of, write_safetensors
 
 SHARD_BYTES = 5 * 10**9
 
 
 def save_model(folder: Path, model: nn.Module, *, config: dict, source: Path, chat_template: str | None = None) -> None:
-    """Write a model as a Hugging Face folder; a tied head is written once. Write into an `atomic_folder`."""
-    tensors = dict(model.named_parameters())  # leaves second names of tied parameters out
+    """Write a model as a Hugging Face folder, its parameters called as in the checkpoint that it was loaded from.
+
+    A tied head is written once. Write into an `atomic_folder`.
+    """
+    layout = model.layouts[0] if model.layout is None else model.layout
+    tensors = {on_disk(name, layout): p for name, p in model.named_parameters()}  # second names of tied ones left out
+    if model.unread and model.layout is not None:  # the half that was not loaded goes along as it was
+        weights = WeightFiles(source)
+        tensors |= {name: weights.read(name) for name in weights.names() if matches(name, model.unread)}
     specs = specs_of(tensors)
     write_weights(folder, specs, tensors.__getitem__)
     write_companions(folder, config, source, dtype=specs[0][2], chat_template=chat_template)

@@ -4,13 +4,17 @@ The model is built on the meta device, so it has shapes but no memory. Each tens
 safetensors file, cast, quantised where the layer wants that, and put in its place: the host never holds more than one
 tensor, the device never holds a dense copy of a quantised model.
 
+Parameter names are those that transformers has in memory. Some folders call them otherwise: a model's `layouts` lists
+the ways, each a table of prefixes, ours → theirs. The folder's own way is found by its names and remembered
+(`model.layout`), so that saving writes the names that were read. A model's `unread` names what it leaves out.
+
 Only safetensors and JSON are read; a checkpoint never runs code.
 """
 
 import fnmatch
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +40,7 @@ COMPANIONS = (
     "processor_config.json",
 )
 # Buffers that old exports saved and that follow from the config.
-IGNORED = ("*.rotary_emb.inv_freq",)
+IGNORED = ("*.rotary_emb.inv_freq", "*.position_ids")
 
 
 def find_checkpoint(name: str | Path) -> Path:
@@ -168,28 +172,45 @@ def load_weights(
     Strict: see `check_names`. Layers with a `pack_weight` method (NF4Linear) store what it returns. `placed(name)` is
     called after each tensor, block after block: streamed weights leave for the host there (`StreamedWeights.take`).
     """
-    check_names(model, weights)
+    model.layout = check_names(model, weights)
     # In the model's order, not the files': one block is complete before the next one begins.
     names = [name for name, _ in model.named_parameters()]  # a tied head is filled through the embedding
     for name in tqdm(names, desc="loading", unit="tensor", leave=False, delay=1.0):
-        tensor = weights.read(name)
+        source = on_disk(name, model.layout)
+        tensor = weights.read(source)
         if not tensor.is_floating_point():
-            raise ValueError(f"{weights.files[name]}: {name} has dtype {tensor.dtype}, expected floating point")
+            raise ValueError(f"{weights.files[source]}: {source} has dtype {tensor.dtype}, expected floating point")
         put_weight(model, name, tensor.to(device=device, dtype=dtype, copy=True))
         if placed is not None:
             placed(name)
     model.tie_weights()
 
 
-def check_names(model: nn.Module, weights: WeightFiles) -> None:
+def on_disk(name: str, layout: dict[str, str]) -> str:
+    """A parameter's name in files of this layout."""
+    for ours, theirs in layout.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def find_layout(model: nn.Module, weights: WeightFiles) -> dict[str, str]:
+    """The one of the model's layouts in which the files hold most of its parameters."""
+    names = [name for name, _ in model.named_parameters()]
+    return max(model.layouts, key=lambda layout: sum(on_disk(name, layout) in weights for name in names))
+
+
+def check_names(model: nn.Module, weights: WeightFiles) -> dict[str, str]:
     """Compare a checkpoint with a model; every name missing, unused or of another shape stands in one ValueError.
 
-    The second name of a tied parameter is optional on disk.
+    Returns the checkpoint's layout. The second name of a tied parameter is optional on disk.
     """
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    required = {name for name, _ in model.named_parameters()}
-    missing = [name for name in expected if name not in weights and name in required]
-    unused = [n for n in weights.names() if n not in expected and not any(fnmatch.fnmatch(n, p) for p in IGNORED)]
+    layout = find_layout(model, weights)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    expected = {on_disk(name, layout): shape for name, shape in shapes.items()}
+    required = [on_disk(name, layout) for name, _ in model.named_parameters()]
+    missing = [name for name in required if name not in weights]
+    unused = [name for name in weights.names() if name not in expected and not matches(name, IGNORED + model.unread)]
     misshaped = [
         f"{name}: {weights.shape(name)}, expected {shape}"
         for name, shape in expected.items()
@@ -199,6 +220,11 @@ def check_names(model: nn.Module, weights: WeightFiles) -> None:
         parts = [("missing", missing), ("not used by this model", unused), ("of another shape", misshaped)]
         listed = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in parts if names)
         raise ValueError(f"the weights in {weights.folder} do not fit its config.json: {listed}")
+    return layout
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def put_weight(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -3,19 +3,38 @@
 import torch
 from torch import nn
 
+from models.clip_vit import CLIPVisionConfig, CLIPVisionModel
 from models.llama import LlamaConfig, LlamaForCausalLM
+from models.llava import LlavaConfig, LlavaForConditionalGeneration
+
+# Where a config.json names no architecture, its model_type does.
+_BY_MODEL_TYPE = {
+    "llama": "LlamaForCausalLM",
+    "llava": "LlavaForConditionalGeneration",
+    "clip_vision_model": "CLIPVisionModel",
+    "clip": "CLIPModel",
+}
 
 
 def build_model(config: dict) -> nn.Module:
-    """The model that a config.json describes, on the meta device: shapes, no memory. Weights come by `load_weights`."""
-    architecture = (config.get("architectures") or [None])[0]
-    if architecture is None and config.get("model_type") == "llama":
-        architecture = "LlamaForCausalLM"
-    if architecture != "LlamaForCausalLM":
-        raise ValueError(f"architecture {architecture!r} in config.json is not supported; supported: LlamaForCausalLM")
+    """The model that a config.json describes, on the meta device: shapes, no memory. Weights come by `load_weights`.
+
+    Of a CLIPModel this is the vision half.
+    """
+    architecture = (config.get("architectures") or [_BY_MODEL_TYPE.get(config.get("model_type"))])[0]
     try:
-        parsed = LlamaConfig.from_dict(config)
+        with torch.device("meta"):
+            match architecture:
+                case "LlamaForCausalLM":
+                    return LlamaForCausalLM(LlamaConfig.from_dict(config))
+                case "LlavaForConditionalGeneration":
+                    return LlavaForConditionalGeneration(LlavaConfig.from_dict(config))
+                case "CLIPVisionModel":
+                    return CLIPVisionModel(CLIPVisionConfig.from_dict(config))
+                case "CLIPModel":  # the first CLIP folders hold changes to vision_config beside it
+                    vision = (config.get("vision_config") or {}) | (config.get("vision_config_dict") or {})
+                    return CLIPVisionModel(CLIPVisionConfig.from_dict(vision))
     except TypeError as error:
         raise ValueError(f"config.json has a value of the wrong type: {error}") from None
-    with torch.device("meta"):
-        return LlamaForCausalLM(parsed)
+    supported = ", ".join(_BY_MODEL_TYPE.values())
+    raise ValueError(f"architecture {architecture!r} in config.json is not supported; supported: {supported}")

@@ -172,9 +172,14 @@ class LlamaModel(nn.Module):
     def forward(
         self, input_ids: Tensor, layout: SequenceLayout | None = None, caches: list[KVCache] | None = None
     ) -> Tensor:
-        hidden = self.embed_tokens(input_ids)
+        return self.run_embedded(self.embed_tokens(input_ids), layout, caches)
+
+    def run_embedded(
+        self, hidden: Tensor, layout: SequenceLayout | None = None, caches: list[KVCache] | None = None
+    ) -> Tensor:
+        """From embeddings on, [B, T, D] → [B, T, D]: where something else than text stands in the sequence."""
         if layout is None:
-            layout = padded_layout(input_ids.shape[1]).prepare(hidden.device, hidden.dtype)
+            layout = padded_layout(hidden.shape[1]).prepare(hidden.device, hidden.dtype)
         cos, sin = self.rotary(layout.positions, layout.longest, hidden.dtype)
         for i, block in enumerate(self.layers):
             hidden = self.run_block(block, hidden, cos, sin, layout, caches[i] if caches else None)
@@ -182,13 +187,13 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """A Llama with its language-model head."""
+    """A Llama with its language-model head; `model` and `lm_head`, if given, are those of a larger model."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, model: LlamaModel | None = None, lm_head: nn.Linear | None = None):
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model = model or LlamaModel(config)
+        self.lm_head = lm_head or nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def forward(
@@ -226,3 +231,8 @@ class LlamaForCausalLM(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
+
+    # How checkpoints call these parameters (see checkpointing/pretrained.py): as we do.
+    layouts = ({},)
+    layout: dict[str, str] | None = None
+    unread = ()

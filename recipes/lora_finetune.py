@@ -332,6 +332,7 @@ def train(cfg: Config, run: RunFolder) -> None:
                 # logits = model.logits(hidden.flatten(0, 1)[batch.target_index]) [N, V] are what they belong to.
                 hidden = model(batch.input_ids, batch.layout)
                 loss = linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index) / tokens
+            del hidden  # backward frees what it has used, unless a name still holds it
             scaler.scale(loss).backward()
             step_loss += loss.detach()
         scaler.unscale_(optimizer)

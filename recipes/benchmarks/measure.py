@@ -1,0 +1,272 @@
+"""What the parts of recipes/benchmark.py share: a model with random weights, trained for a few steps.
+
+How everything is counted:
+
+    tokens/s     batch · length tokens per step (every token but a row's first is a target), mean over the steps after
+                 the first three; forward, backward, clip_grad_norm_, the optimizer's step and loss.item() included
+    peak GiB     torch.cuda.max_memory_allocated over all steps: what the tensors took
+    card GiB     everything the card shows as used at the peak: max_memory_reserved, and what CUDA has for itself
+    host GiB     page-locked activations, streamed weights, an embedding and optimizer states in host memory
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from checkpointing.pretrained import put_weight
+from models import build_model
+from models.llama import PRESETS
+from modules.activations import keep_activations
+from modules.attention import choose_attention, padded_layout
+from modules.host_embedding import keep_embedding_on_host
+from modules.lora import add_lora
+from modules.lora_block import why_not
+from modules.loss import linear_cross_entropy
+from modules.optim import build_optimizer
+from modules.step_in_backward import step_in_backward
+from modules.weight_streaming import StreamedWeights, stream_weights
+from recipes.benchmarks.card import GIB, card_gib, free_memory, host_memory, lift_limit, limit_memory, synchronize
+
+UNTIMED = 3  # first steps, in which kernels are compiled and memory is found
+WARM_UP_LENGTH = 1024
+TINY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+TINY |= dict(head_dim=16, vocab_size=512)
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: torch.device
+    dtype: torch.dtype
+    tiny: bool
+    """Replace every preset by a two-layer model, for a dry run in seconds."""
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def config(self, preset: str) -> dict:
+        """The preset's config.json."""
+        return PRESETS[preset] | {"architectures": ["LlamaForCausalLM"]} | (TINY if self.tiny else {})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training run to be measured; the recipes have a flag of the same name for nearly every field."""
+
+    preset: str
+    batch: int
+    length: int
+    """Tokens per row of the batch."""
+    quantize: str = "none"
+    quantize_head: bool = False
+    embedding: str = "resident"
+    rank: int = 16
+    """Of the adapters on all linear layers; 0: every weight is trained."""
+    activations: str = "lean"
+    activations_gib: float = 0.0
+    fused: bool = True
+    """By the hand-written blocks, or by the plain modules."""
+    compile: bool = True
+    weights: str = "resident"
+    optimizer: str = "adamw"
+    step_in_backward: bool = False
+    cap_gib: float | None = None
+    """What the whole card may show as used."""
+
+    @property
+    def method(self) -> str:
+        if self.rank == 0:
+            return "full"
+        return "LoRA" if self.quantize == "none" else "QLoRA"
+
+    @property
+    def column(self) -> str:
+        """8B QLoRA 2×2048."""
+        return f"{self.preset.rpartition('-')[2].upper()} {self.method} {self.batch}×{self.length}"
+
+    @property
+    def way(self) -> str:
+        """offload + 0.4 GiB, hand-written, embedding on host."""
+        extra = f" + {self.activations_gib:g} GiB" if self.activations_gib else ""
+        plain = "plain, compiled" if self.compile else "plain"
+        words = [self.activations + extra, "hand-written" if self.fused else plain]
+        words += ["head in NF4"] if self.quantize_head else []
+        words += ["embedding on host"] if self.embedding == "host" else []
+        return ", ".join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model
+
+
+def random_model(row: Row, machine: Machine, seed: int = 0) -> tuple[nn.Module, StreamedWeights | None]:
+    """The row's model with random weights made on the device, one at a time, as if read from a checkpoint.
+
+    Each is quantised, and each block sent to the host, as it arrives: a model of any size passes through a small card.
+    """
+    torch.manual_seed(seed)  # for the adapters
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    model = build_model(machine.config(row.preset)).requires_grad_(row.rank == 0)
+    if row.quantize == "nf4":
+        from modules.nf4 import quantize_nf4  # torchao takes seconds to import
+
+        quantize_nf4(model, head=row.quantize_head)
+    if row.embedding == "host":
+        keep_embedding_on_host(model, machine.device)
+    streamed = stream_weights(model, machine.device) if row.weights == "stream" else None
+    for name, parameter in list(model.named_parameters()):
+        weight = torch.empty(parameter.shape, dtype=machine.dtype, device=machine.device)
+        weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(0.0, 0.02, generator=generator)
+        put_weight(model, name, weight)
+        if streamed:
+            streamed.take(name)
+    model.tie_weights()
+    if row.rank:
+        add_lora(model, rank=row.rank, alpha=2.0 * row.rank)
+    return model.train(), streamed
+
+
+def flops_per_token(row: Row, config) -> float:
+    """Operations that training needs per token, nothing computed twice.
+
+    A matrix of N numbers takes 2 N in forward and 2 N for the gradient of its input; its own gradient, another 2 N, a
+    frozen one does without. Causal attention takes 2 T N H in forward (half of all pairs) and twice that in backward.
+    """
+    D, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    block = 2 * D * (heads + config.num_key_value_heads * config.head_dim) + 3 * D * config.intermediate_size
+    products = config.num_hidden_layers * block + config.vocab_size * D
+    return (4 if row.rank else 6) * products + 6 * row.length * heads * config.num_hidden_layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def build_and_train(row: Row, machine: Machine, **settings) -> dict:
+    return train(*random_model(row, machine), row, machine, **settings)
+
+
+def train(
+    model: nn.Module,
+    streamed: StreamedWeights | None,
+    row: Row,
+    machine: Machine,
+    *,
+    steps: int,
+    untimed: int = UNTIMED,
+    lr: float = 1e-4,
+    warm_up: bool = False,
+) -> dict:
+    """Train the model for some steps on one random batch, set up as the recipes do; what came out.
+
+    Under a cap, or to warm up, a short step goes before: it compiles and loads every kernel, so that what CUDA takes
+    for itself is known, and what the compiler tries out counts nowhere.
+    """
+    device, dtype = machine.device, machine.dtype
+    model.zero_grad()  # an earlier run may have ended in the middle of a step
+    attention = choose_attention(model.config, device, dtype, batch=row.batch, length=row.length)
+    if row.fused and (reason := why_not(model)):
+        raise ValueError(f"no hand-written blocks: {reason}")
+    keep_activations(
+        model,
+        row.activations,
+        budget=row.activations_gib * GIB,
+        fused=row.fused,
+        compile=row.compile,
+        bind=streamed.use if streamed else None,
+    )
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(row.optimizer, trainable, lr=lr, weight_decay=0.0)
+    norm_of_backward = None
+    if row.step_in_backward:
+        norm_of_backward = step_in_backward(optimizer, grad_accum=1, max_grad_norm=0.0, dtype=dtype)
+
+    def make_step(length: int) -> Callable[[], float]:
+        ids = random_ids(row.batch, length, model.config.vocab_size, device)
+        layout = padded_layout(length).prepare(device, dtype)
+        index = torch.arange(row.batch * length).view(row.batch, length)[:, :-1].flatten().to(device)
+        targets = ids[:, 1:].flatten()
+
+        def step() -> float:
+            hidden = model(ids, layout)
+            loss = linear_cross_entropy(hidden, model.lm_head, targets, index=index) / targets.numel()
+            del hidden
+            loss.backward()
+            if norm_of_backward:
+                norm_of_backward()
+            else:
+                clip_grad_norm_(trainable.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()
+
+        return step
+
+    if warm_up or row.cap_gib:
+        make_step(min(row.length, WARM_UP_LENGTH))()
+    if row.cap_gib:
+        limit_memory(row.cap_gib, device)
+    try:
+        figures = run_steps(
+            make_step(row.length), steps=steps, untimed=untimed, tokens=row.batch * row.length, on=device
+        )
+    finally:
+        lift_limit(device)
+    if row.cap_gib:
+        figures["within_cap"] = None if figures["card_gib"] is None else figures["card_gib"] <= row.cap_gib
+    figures |= {"attention": attention, "flops_per_token": flops_per_token(row, model.config)}
+    return figures | host_memory(model, streamed, optimizer, device)
+
+
+def run_steps(step: Callable[[], float], *, steps: int, untimed: int, tokens: int, on: torch.device) -> dict:
+    """Call `step`, which gives the loss, this often."""
+    free_memory(on)
+    if on.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(on)
+        torch.cuda.reset_peak_host_memory_stats()
+    losses, seconds = [], []
+    for _ in range(steps):
+        started = time.perf_counter()
+        losses.append(step())
+        synchronize(on)
+        seconds.append(time.perf_counter() - started)
+    timed = seconds[min(untimed, steps - 1) :]
+    return {
+        "tokens_per_second": round(tokens * len(timed) / sum(timed), 1),
+        "first_step_seconds": round(seconds[0], 2),
+        "steps": steps,
+        "timed_steps": len(timed),
+        "peak_gib": round(torch.cuda.max_memory_allocated(on) / GIB, 3) if on.type == "cuda" else None,
+        "card_gib": card_gib(on),
+        "losses": [round(loss, 6) for loss in losses],
+    }
+
+
+def random_ids(batch: int, length: int, vocabulary: int, device: torch.device) -> Tensor:
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def attempt(machine: Machine, measure: Callable[..., dict], *args, **settings) -> dict:
+    """What `measure` returns, or that it failed: a card too small for one measurement is no reason to lose the next."""
+    torch.compiler.reset()
+    free_memory(machine.device)  # what earlier measurements have left behind
+    try:
+        return measure(*args, **settings)
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}
+    except (RuntimeError, ValueError) as error:  # ValueError: settings that this device cannot have
+        return {"failed": str(error).strip().partition("\n")[0][:300]}
+
+
+def shared_model(row: Row, machine: Machine) -> Callable[..., dict]:
+    """`train` for rows that can use one and the same model, which may take a minute to make."""
+    built = attempt(machine, lambda: {"model": random_model(row, machine)})
+
+    def measure(row: Row, **settings) -> dict:
+        return built if "failed" in built else attempt(machine, train, *built["model"], row, machine, **settings)
+
+    return measure

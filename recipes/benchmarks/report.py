@@ -1,0 +1,269 @@
+"""What recipes/benchmark.py found: a JSON file, tables for a README, and memory against sequence length as SVG."""
+
+import json
+import time
+from pathlib import Path
+
+from checkpointing.atomic import atomic_write_text
+from checkpointing.loss_plot import BOTTOM, EVAL, HEIGHT, INK, LEFT, QUIET, RIGHT, TOP, TRAIN, WIDTH
+from checkpointing.loss_plot import _text as text
+from checkpointing.loss_plot import _ticks as ticks
+from recipes.benchmarks.card import GIB, SPARE_BYTES, fit_line
+from recipes.benchmarks.measure import Row
+
+
+class Results:
+    """The JSON file: a part's rows under its name, each with its settings. Every addition is on disk at once.
+
+    A row measured again replaces the one with the same settings, so a file can grow over several calls.
+    """
+
+    def __init__(self, path: Path, machine: dict, command: str):
+        self.path = path
+        self.data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": machine}
+        if self.data["machine"] != machine:
+            raise ValueError(
+                f"{path} was measured on {self.data['machine']}, this is {machine}: choose another --output"
+            )
+        self.data.setdefault("runs", []).append({"date": time.strftime("%Y-%m-%d %H:%M"), "command": command})
+        self.save()
+
+    def add(self, part: str, settings: dict, figures: dict) -> None:
+        rows = self.data.setdefault(part, [])
+        rows[:] = [row for row in rows if row["settings"] != settings] + [
+            {"settings": settings, "date": time.strftime("%Y-%m-%d")} | figures
+        ]
+        self.save()
+
+    def put(self, part: str, figures: dict) -> None:
+        self.data.setdefault(part, {}).update(figures)
+        self.save()
+
+    def save(self) -> None:
+        add_percentages(self.data)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(self.path, json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
+
+
+def add_percentages(data: dict) -> None:
+    """Give each row the share of the measured matrix-product ceiling that its necessary operations reach."""
+    ceiling = data.get("ceilings", {}).get("matmul_tflops")
+    for part in ("speed", "peers", "small", "full"):
+        for row in data.get(part, []):
+            if ceiling and "flops_per_token" in row:
+                tflops = row["tokens_per_second"] * row["flops_per_token"] / 1e12
+                row["percent_of_ceiling"] = round(100 * tflops / ceiling, 1)
+
+
+def fit_memory(data: dict, settings: dict, caps_gib: tuple[float, ...]) -> dict:
+    """A straight line through card GiB against tokens, and the longest sequence that it leaves room for under each cap.
+
+    KB are 1,000 bytes. Rows measured under a cap are no points of it: there the allocator had to make do.
+    """
+    fit = {"settings": settings, "fixed_gib": None, "kb_per_token": None}
+    rows = [row for row in longest_rows(data, settings) if not row["settings"]["cap_gib"] and row.get("card_gib")]
+    if len(rows) < 2:
+        return fit | {"longest": {f"{cap:g}": None for cap in caps_gib}}
+    fixed, slope = fit_line([(row["settings"]["length"], row["card_gib"]) for row in rows])
+    room = {cap: (cap - SPARE_BYTES / GIB - fixed) / slope if slope > 0 else 0 for cap in caps_gib}
+    longest = {f"{cap:g}": max(0, int(tokens)) // 64 * 64 for cap, tokens in room.items()}
+    return fit | {"fixed_gib": round(fixed, 3), "kb_per_token": round(slope * GIB / 1000, 2), "longest": longest}
+
+
+def longest_rows(data: dict, settings: dict) -> list[dict]:
+    """Measurements of `longest` that differ from these settings in length and cap only."""
+    any_length = {"length": None, "cap_gib": None}
+    return [row for row in data.get("longest", []) if row["settings"] | any_length == settings | any_length]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def tables(data: dict) -> str:
+    """All that was measured, as markdown."""
+    machine = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
+    makers = {"ceilings": _ceilings, "speed": _speed, "rungs": _rungs, "longest_fit": _longest}
+    makers |= {"small": _small, "full": _full}
+    parts = [make(data) for part, make in makers.items() if part in data or (part == "speed" and "peers" in data)]
+    return "\n\n".join([f"{machine}; {data['runs'][-1]['date']}", *parts])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _ceilings(data: dict) -> str:
+    found = dict(data["ceilings"])
+    found |= {
+        f"attention {name.replace('_', ' ')}, TFLOP/s": v for name, v in found.pop("attention_tflops", {}).items()
+    }
+    flat = {name: value for name, value in found.items() if not isinstance(value, dict)}
+    rows = [
+        [name.replace("_per_s", "/s").replace("_", " "), v if isinstance(v, str) else _number(v, 2)]
+        for name, v in flat.items()
+    ]
+    return _table(["ceiling", ""], rows)
+
+
+def _speed(data: dict) -> str:
+    """A column per model and shape, a row per way: tokens/s / peak GiB (% of the ceiling)."""
+    cells: dict[str, dict[str, str]] = {}
+    columns: list[str] = []
+    for part in ("speed", "peers"):
+        for row in data.get(part, []):
+            settings = row["settings"]
+            fields = {name: value for name, value in settings.items() if name in Row.__dataclass_fields__}
+            described = Row(**fields | ({"rank": 16} if part == "peers" else {}))
+            versions = settings.get("versions", {})
+            way = " + ".join(f"{name} {versions[name]}" for name in versions if name != "bitsandbytes") or described.way
+            cell = row.get("failed")
+            if not cell:
+                share = f" ({row['percent_of_ceiling']:.0f} %)" if "percent_of_ceiling" in row else ""
+                cell = f"{_number(row['tokens_per_second'])} / {_number(row['peak_gib'], 1)}{share}"
+            columns += [described.column] if described.column not in columns else []
+            cells.setdefault(way, {})[described.column] = cell
+    rows = [[way, *(found.get(column, "") for column in columns)] for way, found in cells.items()]
+    return _table(["tokens/s / peak GiB (of the ceiling)", *columns], rows)
+
+
+def _rungs(data: dict) -> str:
+    rows = []
+    for row in data["rungs"]:
+        described = Row(**row["settings"])
+        streamed = ", weights streamed" if described.weights == "stream" else ""
+        deviation = row.get("max_relative_deviation")
+        losses = row.get("losses")
+        rows.append(
+            [
+                described.way + streamed,
+                row.get("failed") or f"{losses[0]:.4f} → {losses[-1]:.4f}",
+                "–" if deviation is None else f"{deviation:.1e}",
+            ]
+        )
+    return _table(
+        [f"{Row(**data['rungs'][0]['settings']).column}, 20 steps", "loss", "largest relative deviation"], rows
+    )
+
+
+def _longest(data: dict) -> str:
+    fit = data["longest_fit"]
+    capped = [row for row in longest_rows(data, fit["settings"]) if row["settings"]["cap_gib"]]
+    capped.sort(key=lambda row: ("failed" not in row, row["settings"]["length"]))
+    confirmed = {f"{row['settings']['cap_gib']:g}": row for row in capped}  # of several, the longest that succeeded
+    rows = []
+    for cap, length in fit["longest"].items():
+        row = confirmed.get(cap, {})
+        tried = f"{row['settings']['length']:,}: {row.get('failed') or 'one step'}" if row else ""
+        figures = (("card_gib", 2), ("first_step_seconds", 0), ("host_gib", 1))
+        rows.append(
+            [f"{cap} GiB", _number(length), tried, *(_number(row[n], d) if n in row else "" for n, d in figures)]
+        )
+    line = f"{_number(fit['fixed_gib'], 2)} GiB + {_number(fit['kb_per_token'], 1)} KB per token"
+    head = ["card", f"longest sequence by the line {line}", "confirmed", "card GiB", "seconds", "host GiB"]
+    return _table(head, rows)
+
+
+def _small(data: dict) -> str:
+    """Streamed weights under a cap beside resident ones without: tokens/s, and their ratio."""
+    rows, resident = [], {}
+    for row in data["small"]:
+        if row["settings"]["weights"] == "resident" and "failed" not in row:
+            resident[Row(**row["settings"]).column] = row["tokens_per_second"]
+    for row in data["small"]:
+        described = Row(**row["settings"])
+        column, speed = described.column, row.get("tokens_per_second")
+        ratio = speed / resident[column] if speed and column in resident else None
+        rows.append(
+            [
+                column,
+                described.weights,
+                f"{described.cap_gib:g} GiB" if described.cap_gib else "",
+                row.get("failed") or _number(speed),
+                "" if ratio is None or described.weights == "resident" else f"{ratio:.0%}",
+                _number(row.get("card_gib"), 2),
+                _number(row.get("host_gib"), 1),
+            ]
+        )
+    return _table(["model", "weights", "cap", "tokens/s", "of resident", "card GiB", "host GiB"], rows)
+
+
+def _full(data: dict) -> str:
+    rows = []
+    for row in data["full"]:
+        described = Row(**row["settings"])
+        figures = [
+            _number(row.get(name), digits) for name, digits in (("peak_gib", 1), ("card_gib", 1), ("host_gib", 1))
+        ]
+        speed = row.get("failed") or _number(row["tokens_per_second"])
+        rows.append([described.column, described.optimizer, described.way, speed, *figures])
+    return _table(["model", "optimizer", "activations", "tokens/s", "peak GiB", "card GiB", "host GiB"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Picture
+
+
+def draw_memory(data: dict, path: Path) -> bool:
+    """Card memory against sequence length: steps measured without a cap (dots), the line through them, steps confirmed
+    under a cap (rings), the caps. Returns whether there was anything to draw."""
+    fit = data.get("longest_fit", {})
+    if fit.get("fixed_gib") is None:
+        return False
+    rows = [row for row in longest_rows(data, fit["settings"]) if row.get("card_gib")]
+    free = [(row["settings"]["length"], row["card_gib"]) for row in rows if not row["settings"]["cap_gib"]]
+    capped = [(row["settings"]["length"], row["card_gib"]) for row in rows if row["settings"]["cap_gib"]]
+    caps = {float(cap): length for cap, length in fit["longest"].items()}
+    fixed, slope = fit["fixed_gib"], fit["kb_per_token"] * 1000 / GIB
+    lengths = [0, *(x for x, _ in free + capped), *caps.values()]
+    x_ticks, y_ticks = ticks(lengths, 8), ticks([0, *caps, *(y for _, y in free + capped)], 6)
+
+    def x_of(tokens: float) -> float:
+        return LEFT + tokens / x_ticks[-1] * (RIGHT - LEFT)
+
+    def y_of(gib: float) -> float:
+        return BOTTOM - gib / y_ticks[-1] * (BOTTOM - TOP)
+
+    described = Row(**fit["settings"])
+    title = (
+        f"{described.preset.rpartition('-')[2].upper()} {described.method}, rank {described.rank}: memory of one step"
+    )
+    line = f"{fixed:.2f} GiB + {fit['kb_per_token']:.1f} KB per token"
+    quiet = f'fill="{QUIET}" text-anchor='
+    picture = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="13">',
+        f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10" fill="#fff" stroke="#d9dee6"/>',
+        text(LEFT, 36, title, f'fill="{INK}" font-size="17" font-weight="600"'),
+        text(RIGHT, 36, line, f'fill="{TRAIN}" text-anchor="end"'),
+    ]
+    for y in y_ticks:
+        picture.append(f'<path d="M{LEFT} {y_of(y):.1f}H{RIGHT}" stroke="#e8ebf0"/>')
+        picture.append(text(LEFT - 10, y_of(y) + 4.5, f"{y:g}", f'{quiet}"end"'))
+    for x in x_ticks:
+        picture.append(f'<path d="M{x_of(x):.1f} {BOTTOM}v5" stroke="#9aa4b2"/>')
+        picture.append(text(x_of(x), BOTTOM + 20, f"{x:,.0f}", f'{quiet}"middle"'))
+    for cap, length in caps.items():
+        picture.append(f'<path d="M{LEFT} {y_of(cap):.1f}H{RIGHT}" stroke="{EVAL}" stroke-dasharray="5 4"/>')
+        words = f"{cap:g} GiB: {length:,} tokens"
+        on_the_right = length < x_ticks[-1] / 2  # away from the line
+        where, anchor = (RIGHT - 8, "end") if on_the_right else (LEFT + 8, "start")
+        picture.append(text(where, y_of(cap) - 5, words, f'fill="{EVAL}" text-anchor="{anchor}"'))
+    end = max(lengths)
+    picture.append(f'<path d="M{LEFT} {BOTTOM}H{RIGHT}" stroke="#9aa4b2"/>')
+    ends = f"M{x_of(0):.1f} {y_of(fixed):.1f}L{x_of(end):.1f} {y_of(fixed + slope * end):.1f}"
+    picture.append(f'<path d="{ends}" stroke="{TRAIN}" stroke-width="2"/>')
+    for points, fill in ((free, TRAIN), (capped, "#fff")):
+        style = f'r="4.5" fill="{fill}" stroke="{TRAIN}" stroke-width="2"'
+        picture += [f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" {style}/>' for x, y in points]
+    middle = (TOP + BOTTOM) / 2
+    picture.append(text((LEFT + RIGHT) / 2, HEIGHT - 12, "tokens in the sequence", f'{quiet}"middle"'))
+    turned = f'transform="rotate(-90 20 {middle})" {quiet}"middle"'
+    picture.append(text(20, middle, "GiB that the card shows as used", turned))
+    atomic_write_text(path, "\n".join([*picture, "</svg>", ""]))
+    return True

@@ -1,0 +1,182 @@
+"""recipes/benchmark.py: a dry run of every part on two-layer models, and what is computed from the measurements."""
+
+import json
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from models import build_model
+from models.llama import LlamaConfig
+from recipes import benchmark
+from recipes.benchmarks import card, measure, report
+from recipes.benchmarks.measure import Machine, Row
+from tests.tiny import run_recipe
+
+CPU = Machine(torch.device("cpu"), torch.float32, tiny=True)
+DRY = ("--device", "cpu", "--tiny", "--steps", 2)
+GIB = 2**30
+
+
+def run(path, *arguments):
+    done = run_recipe("benchmark", *DRY, "--output", path, *arguments)
+    return json.loads(path.read_text(encoding="utf-8")), done
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    """All parts, on a few rows."""
+    path = tmp_path_factory.mktemp("benchmark") / "results.json"
+    only = ["1B LoRA", "8B QLoRA 2x2048, offload", "8B QLoRA 2x2048, none", "1B full 1x2048", "8B full 1x2048"]
+    return run(path, "--only", *only, "--activations-gib", 0.001, "--confirm-gib", 8)
+
+
+def test_every_part_runs_on_the_cpu(dry):
+    data, done = dry
+    parts = ("speed", "peers", "rungs", "longest", "small", "full")
+    for part in parts:
+        assert data[part]
+        for row in data[part]:
+            assert "failed" not in row, row
+            assert row["tokens_per_second"] > 0
+            assert row["peak_gib"] is row["card_gib"] is None  # nothing of a GPU is made up
+            assert {"preset", "batch", "length", "quantize", "rank"} < set(row["settings"])
+    assert data["ceilings"]["matmul_tflops"] > 0
+    assert data["ceilings"]["both_ways_gb_per_s"] is None
+    assert data["longest_fit"]["longest"] == {"8": None, "12": None, "16": None, "24": None}
+    assert data["machine"]["tiny"] and "python recipes/benchmark.py" in data["runs"][0]["command"]
+    assert "| offload, hand-written |" in done.stdout and "| fast, hand-written |" in done.stdout
+    assert "speed: 8B QLoRA 2×32, offload + 0.001 GiB, hand-written" in done.stdout
+    assert "peers: 8B LoRA" not in done.stdout and "transformers" in done.stdout
+
+
+def test_rungs_train_alike(dry):
+    rows = dry[0]["rungs"]
+    assert len(rows) == 9  # four rungs twice, and streamed; uncompiled, the reference is the plain `none`
+    assert all(len(row["losses"]) == 20 and row["losses"][-1] < row["losses"][0] - 0.05 for row in rows)
+    assert max(row["max_relative_deviation"] for row in rows) < 1e-5
+
+
+def test_streamed_and_resident_models_are_the_same(dry):
+    rows = [row for row in dry[0]["small"] if row["settings"]["preset"] == "llama-3.3-70b"]
+    losses = {(row["settings"]["weights"], row["settings"]["length"]): row["losses"] for row in rows}
+    for length in (64, 256):
+        assert len(losses["stream", length]) == 4
+        assert losses["stream", length] == pytest.approx(losses["resident", length], rel=1e-5)
+
+
+def test_percentages_are_operations_over_the_ceiling(dry):
+    data = dry[0]
+    row = data["speed"][0]
+    tflops = row["tokens_per_second"] * row["flops_per_token"] / 1e12
+    assert row["percent_of_ceiling"] == pytest.approx(100 * tflops / data["ceilings"]["matmul_tflops"], abs=0.1)
+    assert "percent_of_ceiling" in data["peers"][0]
+
+
+@pytest.mark.parametrize("rank, per_weight", [(16, 4), (0, 6)])
+def test_operations_per_token(rank, per_weight):
+    config = Machine(torch.device("cpu"), torch.float32, tiny=False).config("llama-3.1-8b")
+    model = build_model(config)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.model.embed_tokens.weight.numel()
+    attention = 6 * 2048 * 32 * 128 * 32  # 6 · T · N · H per block
+    expected = per_weight * matrices + attention
+    assert measure.flops_per_token(Row("llama-3.1-8b", 2, 2048, rank=rank), LlamaConfig.from_dict(config)) == expected
+
+
+def test_longest_sequence_follows_from_the_line(tmp_path, monkeypatch):
+    """A card that takes 3.2 GiB + 80 KB per token."""
+    honest = measure.run_steps
+
+    def run_steps(step, *, tokens, **settings):
+        return honest(step, tokens=tokens, **settings) | {"card_gib": 3.2 + tokens * 80_000 / GIB}
+
+    monkeypatch.setattr(measure, "run_steps", run_steps)
+    path = tmp_path / "results.json"
+    data, _ = run(path, "--parts", "longest", "--fit-lengths", 4096, 16384, "--cap-gib", 8)
+    assert data["longest_fit"]["fixed_gib"] == pytest.approx(3.2, abs=1e-3)
+    assert data["longest_fit"]["kb_per_token"] == pytest.approx(80, abs=0.01)
+    longest = data["longest_fit"]["longest"]["8"]
+    assert longest % 64 == 0
+    needed = 3.2 + card.SPARE_BYTES / GIB + longest * 80_000 / GIB
+    assert 8 - 64 * 80_000 / GIB <= needed <= 8
+
+    # Another call takes the points from the file, and confirms a cap that has room for few tokens.
+    data, done = run(path, "--parts", "longest", "--fit-lengths", "--cap-gib", 8, "--confirm-gib", 3.3)
+    assert [row["settings"]["length"] for row in data["longest"]] == [64, 256, data["longest_fit"]["longest"]["3.3"]]
+    assert data["longest"][-1]["settings"]["cap_gib"] == 3.3 and data["longest"][-1]["within_cap"] is True
+    assert data["longest_fit"]["fixed_gib"] == pytest.approx(3.2, abs=1e-3)  # a row under a cap is no point
+    assert f"| 8 GiB | {longest:,} |" in done.stdout and "3.20 GiB + 80.0 KB per token" in done.stdout
+    picture = (tmp_path / "memory.svg").read_text()
+    assert f"8 GiB: {longest:,} tokens" in picture and picture.count("<circle") == 3
+
+    before = path.read_bytes()
+    (tmp_path / "memory.svg").unlink()
+    assert f"| 8 GiB | {longest:,} |" in run_recipe("benchmark", "--table", path).stdout
+    assert path.read_bytes() == before and (tmp_path / "memory.svg").exists()
+
+
+def test_a_row_that_does_not_fit_is_recorded_and_the_next_one_measured(tmp_path, monkeypatch):
+    honest = benchmark.build_and_train
+
+    def build_and_train(row, machine, **settings):
+        if row.activations == "fast":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        if row.activations == "lean":
+            raise RuntimeError("something else\nand more")
+        return honest(row, machine, **settings)
+
+    monkeypatch.setattr(benchmark, "build_and_train", build_and_train)
+    path = tmp_path / "results.json"
+    rows = [f"1B LoRA 4x2048, {rung}, hand-written" for rung in ("fast", "lean", "offload")]
+    data, done = run(path, "--parts", "speed", "--only", *rows)
+    failed = {row["settings"]["activations"]: row.get("failed") for row in data["speed"]}
+    assert failed == {"fast": "out of memory", "lean": "something else", "offload": None}
+    assert "| fast, hand-written | out of memory |" in done.stdout
+    # Measured again it is replaced, and nothing else.
+    monkeypatch.undo()
+    data, _ = run(path, "--parts", "speed", "--only", rows[0])
+    failed = {row["settings"]["activations"]: row.get("failed") for row in data["speed"]}
+    assert failed == {"fast": None, "lean": "something else", "offload": None}
+
+
+def test_a_file_of_another_machine_is_not_added_to(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"machine": {"device": "another"}}))
+    done = run_recipe("benchmark", *DRY, "--output", path, "--parts", "ceilings", check=False)
+    assert done.returncode == 2 and "choose another --output" in done.stderr
+    assert json.loads(path.read_text()) == {"machine": {"device": "another"}}
+
+
+def test_other_settings_are_other_points():
+    base = asdict(Row("llama-3.1-8b", 1, 0, rank=32))
+    rows = [{"settings": base | {"length": n}, "card_gib": 2.0 + n} for n in (1, 2)]
+    rows.append({"settings": base | {"length": 3, "quantize_head": True}, "card_gib": 1.0})
+    rows.append({"settings": base | {"length": 4}, "failed": "out of memory"})
+    assert report.fit_memory({"longest": rows}, base, (8,))["fixed_gib"] == 2.0
+
+
+def test_fit_line_is_least_squares():
+    assert card.fit_line([(0.0, 1.0), (1.0, 2.0), (2.0, 6.0)]) == pytest.approx((0.5, 2.5))
+
+
+def test_seconds_per_call():
+    assert 0.002 <= card.seconds_per_call(lambda: time.sleep(0.002), CPU.device, at_least=0.05) < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cap_holds_on_cuda():
+    device = torch.device("cuda", 0)
+    torch.zeros(1, device=device)
+    cap = card.outside_allocator_bytes(device) / GIB + 0.5
+    card.limit_memory(cap, device)
+    try:
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.empty(2**28, dtype=torch.uint8, device=device)
+        assert card.card_gib(device) <= cap
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**29, dtype=torch.uint8, device=device)
+    finally:
+        card.lift_limit(device)
+    torch.empty(2**29, dtype=torch.uint8, device=device)
