@@ -4,6 +4,9 @@ A block's input is needed twice, in forward and a whole pass later in backward. 
 per token and block of an 8B Llama (2.1 GB for 8,192 tokens) travel on a side stream while the next blocks compute, and
 come back one block ahead of their use. Moving a block's input takes a hundredth of computing the block, so the
 transfer hides; what was put last is needed first and stays on the card until the next one is put.
+
+Host memory is page-locked once and used again in pieces. All copies run on one stream, in the order in which they were
+asked for, so a piece can be given to the next tensor as soon as its copy back is under way.
 """
 
 import weakref
@@ -11,43 +14,52 @@ import weakref
 import torch
 from torch import Tensor
 
-PIECE = 1 << 24  # elements copied at a time: PyTorch's pinned allocator rounds up to powers of two, pieces waste little
+from modules.host_memory import pinned_empty
+
+PIECE = 4 * 2**20  # bytes
+PIECES_AT_A_TIME = 64
 
 
 class Offloaded:
     """A tensor on its way to host memory, there, or on its way back. Made by `ActivationOffload.put`."""
 
-    def __init__(self, tensor: Tensor):
+    def __init__(self, tensor: Tensor, spare: list[Tensor]):
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         self.resident: Tensor | None = tensor  # on the card
         self.pieces: list[Tensor] = []  # in host memory
+        self.spare = spare  # where those go afterwards
         self.copied: torch.cuda.Event | None = None  # the last copy, out or in
 
-    def __del__(self):
-        if self.resident is not None and self.copied is not None:  # dropped unused: no one may reuse its memory before
+    def __del__(self):  # dropped unused: nobody else may have its memory on the card while a copy is under way
+        if self.resident is not None and self.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self.copied)
+        self.spare += self.pieces
 
 
 class ActivationOffload:
-    """Takes tensors in the order of forward, gives them back in the order of backward, the last one first."""
+    """Takes tensors in the order of forward, gives them back in the order of backward, the last one first.
+
+    `host_bytes`: page-locked so far. On a CPU everything stays where it is.
+    """
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.host_bytes = device, 0
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.spare: list[Tensor] = []
         self.waiting: list[weakref.ref[Offloaded]] = []  # those put and not yet got; a dropped graph drops its own
 
     def put(self, tensor: Tensor) -> Offloaded:
         """Start the tensor's way out. It must not be changed afterwards."""
-        tensor = tensor.detach()
-        item = Offloaded(tensor)
+        item = Offloaded(tensor.detach().contiguous(), self.spare)
         if self.side is not None:
             if last := self._last():
                 self._leave(last)
             self.side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.side):
-                for piece in tensor.reshape(-1).split(PIECE):
-                    host = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True)
-                    item.pieces.append(host.copy_(piece, non_blocking=True))
+                for part in _bytes(item.resident).split(PIECE):
+                    piece = self._piece()
+                    piece[: part.numel()].copy_(part, non_blocking=True)
+                    item.pieces.append(piece)
                 item.copied = self.side.record_event()
         self.waiting.append(weakref.ref(item))
         return item
@@ -55,17 +67,23 @@ class ActivationOffload:
     def get(self, item: Offloaded) -> Tensor:
         """The tensor, on the card; starts the way back of the one put before it. Each can be got once."""
         if item.resident is None and not item.pieces:
-            raise RuntimeError(
-                "an offloaded activation is kept for one backward only: retain_graph needs --activations lean"
-            )
-        self._prefetch(item)
+            fix = "retain_graph needs --activations lean"
+            raise RuntimeError(f"an offloaded activation is kept for one backward only: {fix}")
+        self._bring_back(item)
         if item.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(item.copied)
-        tensor, item.resident, item.pieces = item.resident, None, []
+        tensor, item.resident = item.resident, None
         self.waiting = [ref for ref in self.waiting if ref() not in (None, item)]
         if before := self._last():
-            self._prefetch(before)
+            self._bring_back(before)
         return tensor
+
+    def _piece(self) -> Tensor:
+        if not self.spare:
+            fresh = pinned_empty(PIECES_AT_A_TIME * PIECE, dtype=torch.uint8, device=self.device)
+            self.host_bytes += fresh.nbytes
+            self.spare += fresh.split(PIECE)
+        return self.spare.pop()
 
     def _last(self) -> Offloaded | None:
         while self.waiting and self.waiting[-1]() is None:
@@ -77,12 +95,17 @@ class ActivationOffload:
         torch.cuda.current_stream(self.device).wait_event(item.copied)
         item.resident = None
 
-    def _prefetch(self, item: Offloaded) -> None:
-        if item.resident is not None:
-            return
-        item.resident = torch.empty(item.shape, dtype=item.dtype, device=self.device)
-        self.side.wait_stream(torch.cuda.current_stream(self.device))  # its memory may just have been in use
-        with torch.cuda.stream(self.side):
-            for piece, host in zip(item.resident.view(-1).split(PIECE), item.pieces, strict=True):
-                piece.copy_(host, non_blocking=True)
-            item.copied = self.side.record_event()
+    def _bring_back(self, item: Offloaded) -> None:
+        if item.resident is None:
+            item.resident = torch.empty(item.shape, dtype=item.dtype, device=self.device)
+            self.side.wait_stream(torch.cuda.current_stream(self.device))  # its memory may just have been in use
+            with torch.cuda.stream(self.side):
+                for part, piece in zip(_bytes(item.resident).split(PIECE), item.pieces, strict=True):
+                    part.copy_(piece[: part.numel()], non_blocking=True)
+                item.copied = self.side.record_event()
+        self.spare += item.pieces
+        item.pieces = []
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)

@@ -39,11 +39,12 @@ def keep_activations(
     fused: bool = False,
     compile: bool = False,
     bind: Callable[[nn.Module], None] | None = None,
-) -> None:
+) -> ActivationOffload | None:
     """Make the model run its blocks so that each keeps what `rung` says; `fused`: by the hand-written function.
 
     `bind(block)` is called before a block's weights are read, in forward and in backward, for weights that are
-    streamed. Raises ValueError for settings that do not exist or do not go together.
+    streamed. Returns where inputs wait, if they are offloaded. Raises ValueError for settings that do not exist or do
+    not go together.
     """
     if rung not in RUNGS:
         raise ValueError(f"--activations {rung!r} is not one of {', '.join(RUNGS)}")
@@ -101,6 +102,7 @@ def keep_activations(
         if not streaming:  # then the compiler sees that a block's last product need not be computed again
             run_lean = torch.compile(run_lean)
     model.model.run_block = run_hand_written if fused else run_plain
+    return offload
 
 
 def keep_products(context, operation, *args, **kwargs) -> CheckpointPolicy:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from modules.activation_offload import ActivationOffload
 from modules.memory import storage_bytes
 from modules.weight_streaming import StreamedWeights
 
@@ -76,13 +77,19 @@ def free_memory(device: torch.device) -> None:
         (getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache)()
 
 
-def host_memory(model: nn.Module, streamed: StreamedWeights | None, optimizer, device: torch.device) -> dict:
-    """GiB that the last `run_steps` kept in host memory for want of room on the card, by purpose."""
+def host_memory(
+    model: nn.Module,
+    offload: ActivationOffload | None,
+    streamed: StreamedWeights | None,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> dict:
+    """GiB that is kept in host memory for want of room on the card, by purpose."""
     if device.type != "cuda":
         return {"host_gib": None}
     states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     away = {
-        "host_activations_gib": torch.cuda.host_memory_stats().get("active_bytes.peak", 0),
+        "host_activations_gib": offload.host_bytes if offload else 0,
         "host_weights_gib": streamed.host_bytes if streamed else 0,
         "host_embedding_gib": storage_bytes(e) if (e := model.model.embed_tokens.weight).device.type == "cpu" else 0,
         "host_optimizer_gib": sum(t.nbytes for t in states if t.device.type == "cpu"),

@@ -171,7 +171,7 @@ def train(
     attention = choose_attention(model.config, device, dtype, batch=row.batch, length=row.length)
     if row.fused and (reason := why_not(model)):
         raise ValueError(f"no hand-written blocks: {reason}")
-    keep_activations(
+    offload = keep_activations(
         model,
         row.activations,
         budget=row.activations_gib * GIB,
@@ -219,7 +219,7 @@ def train(
     if row.cap_gib:
         figures["within_cap"] = None if figures["card_gib"] is None else figures["card_gib"] <= row.cap_gib
     figures |= {"attention": attention, "flops_per_token": flops_per_token(row, model.config)}
-    return figures | host_memory(model, streamed, optimizer, device)
+    return figures | host_memory(model, offload, streamed, optimizer, device)
 
 
 def run_steps(step: Callable[[], float], *, steps: int, untimed: int, tokens: int, on: torch.device) -> dict:
@@ -227,7 +227,6 @@ def run_steps(step: Callable[[], float], *, steps: int, untimed: int, tokens: in
     free_memory(on)
     if on.type == "cuda":
         torch.cuda.reset_peak_memory_stats(on)
-        torch.cuda.reset_peak_host_memory_stats()
     losses, seconds = [], []
     for _ in range(steps):
         started = time.perf_counter()
