@@ -23,13 +23,42 @@ def save_model(folder: Path, model: nn.Module, *, config: dict, source: Path, ch
     A tied head is written once. Write into an `atomic_folder`.
     """
     layout = model.layouts[0] if model.layout is None else model.layout
-    tensors = {on_disk(name, layout): p for name, p in model.named_parameters()}  # second names of tied ones left out
+    plain = plain_parameters(model)
+    specs = [(on_disk(name, layout), tuple(like.shape), like.dtype) for name, (like, _) in plain.items()]
+    reads = {on_disk(name, layout): read for name, (_, read) in plain.items()}
     if model.unread and model.layout is not None:  # the half that was not loaded goes along as it was
         weights = WeightFiles(source)
-        tensors |= {name: weights.read(name) for name in weights.names() if matches(name, model.unread)}
-    specs = specs_of(tensors)
-    write_weights(folder, specs, tensors.__getitem__)
+        rest = {name: weights.read(name) for name in weights.names() if matches(name, model.unread)}
+        specs += specs_of(rest)
+        reads |= {name: (lambda tensor=tensor: tensor) for name, tensor in rest.items()}
+    write_weights(folder, specs, lambda name: reads[name]())
     write_companions(folder, config, source, dtype=specs[0][2], chat_template=chat_template)
+
+
+def plain_parameters(model: nn.Module) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+    """Each parameter that the model would have without adapters and quantisation: one like it, and how to make it.
+
+    Adapters are merged, 4-bit weights dense; one at a time, when asked for. Second names of tied ones are left out.
+    """
+    layers = dict(model.named_modules())
+    plain = {}
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        layer = layers[path]
+        if any(hasattr(layers[above], "merged") for above in _above(path)):
+            continue  # an adapter's own
+        if hasattr(layer, "merged") and leaf == "weight":
+            plain[name] = parameter, (lambda layer=layer: layer.merged().weight)
+        elif hasattr(layer, "dense_weight") and leaf == "weight":
+            plain[name] = parameter, layer.dense_weight
+        else:
+            plain[name] = parameter, (lambda parameter=parameter: parameter)
+    return plain
+
+
+def _above(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def write_weights(folder: Path, specs: Iterable[Spec], read: Callable[[str], Tensor]) -> None:

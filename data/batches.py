@@ -3,6 +3,8 @@
 The order of an epoch follows from (seed, epoch) alone and the packs from the order and the rows' lengths, so where a
 run stands in its data is two numbers, the epoch and the micro-batch: that is all a resume needs.
 
+Images are decoded in background threads, a step or two before their turn (data/prefetch.py).
+
 B rows, T tokens, N target positions.
 """
 
@@ -13,9 +15,12 @@ import torch
 from torch import Tensor
 
 from data.dataset import TokenizedDataset
+from data.prefetch import default_workers, prefetch
 from modules.attention import SequenceLayout, packed_layout, padded_layout
+from modules.image_tokens import Images
 from modules.loss import IGNORE_INDEX
 
+Plan = list[list[list[int]]]  # micro-batches of rows of dataset indices
 PACK_WINDOW = 64  # packs that stay open for further rows while the epoch streams by
 
 
@@ -28,6 +33,18 @@ class Batch:
     """[N] flat positions in B·T that have a target."""
     targets: Tensor
     """[N] the token ids to be predicted there."""
+    pixel_values: Tensor | None = None
+    """[images, 3, H, W] float32, in the order of their tokens; None: no row has an image."""
+    image_index: Tensor | None = None
+    """[images · tokens per image] flat positions in B·T of the image tokens."""
+
+    @property
+    def images(self) -> Images | None:
+        """The batch's images and their places, as the model takes them."""
+        if self.pixel_values is None:
+            return None
+        length = self.input_ids.shape[1]
+        return Images(self.pixel_values, torch.stack([self.image_index // length, self.image_index % length]))
 
     @property
     def target_tokens(self) -> int:
@@ -35,9 +52,12 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """On the device, ready for a model that computes in `dtype`."""
-        move = {name: getattr(self, name) for name in ("input_ids", "target_index", "targets")}
+        names = ("input_ids", "target_index", "targets", "pixel_values", "image_index")
+        move = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         if device.type == "cuda":
             move = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in move.items()}
+        if self.pixel_values is not None:
+            move["pixel_values"] = move["pixel_values"].to(dtype)
         return replace(self, **move, layout=self.layout.prepare(device, dtype))
 
 
@@ -60,6 +80,7 @@ class Batches:
         seed: int = 0,
         pad_id: int = 0,
         pad_multiple: int = 1,
+        image_workers: int | None = None,
     ):
         if batch_size < 1 or grad_accum < 1:
             raise ValueError(f"--batch-size {batch_size} and --grad-accum {grad_accum} must be at least 1")
@@ -68,9 +89,12 @@ class Batches:
         self.shuffle, self.seed = shuffle, seed
         # No token sees padding, so any id will do; the tokenizer's own may have no row in the model's embedding.
         self.pad_id, self.pad_multiple = pad_id, pad_multiple
-        self._plan: tuple[int, list[list[list[int]]]] | None = None
+        self.image_workers = default_workers() if image_workers is None else image_workers  # 0: decode in the loop
+        if self.image_workers < 0:
+            raise ValueError(f"--image-workers {image_workers} is negative; 0 decodes in the training loop")
+        self._plan: tuple[int, Plan] | None = None
 
-    def plan(self, epoch: int) -> list[list[list[int]]]:
+    def plan(self, epoch: int) -> Plan:
         """Micro-batches of an epoch, each a list of rows, each a list of dataset indices (one, unless packing)."""
         if self._plan is None or self._plan[0] != epoch:
             order = list(range(len(self.dataset)))
@@ -98,18 +122,39 @@ class Batches:
 
     def steps(self, epoch: int = 0, step_in_epoch: int = 0) -> Iterator[tuple[int, int, list[Batch]]]:
         """Endless optimizer steps from a position on: (epoch, step in epoch, its micro-batches)."""
-        while True:
-            for step in range(step_in_epoch, self.steps_in_epoch(epoch)):
-                start = step * self.grad_accum
-                yield epoch, step, [self.collate(rows) for rows in self.plan(epoch)[start : start + self.grad_accum]]
-            epoch, step_in_epoch = epoch + 1, 0
+
+        def planned() -> Iterator[tuple[int, int, Plan]]:
+            at, first = epoch, step_in_epoch
+            while True:
+                for step in range(first, self.steps_in_epoch(at)):
+                    start = step * self.grad_accum
+                    yield at, step, self.plan(at)[start : start + self.grad_accum]
+                at, first = at + 1, 0
+
+        return self._collated(planned())
 
     def one_epoch(self) -> Iterator[Batch]:
         """Every row once: for evaluation."""
-        for rows in self.plan(0):
-            yield self.collate(rows)
+        for _, _, micro_batches in self._collated((0, i, [rows]) for i, rows in enumerate(self.plan(0))):
+            yield from micro_batches
 
-    def collate(self, rows: list[list[int]]) -> Batch:
+    def _collated(self, steps: Iterator[tuple[int, int, Plan]]) -> Iterator[tuple[int, int, list[Batch]]]:
+        """Each (epoch, step, its plan) with batches for the plan; their images are decoded ahead."""
+        images = self.dataset.images
+
+        def numbers(step: tuple[int, int, Plan]) -> list[int]:
+            return [number for rows in step[2] for row in rows for i in row for number in images.of(i)]
+
+        def assemble(step: tuple[int, int, Plan], decoded: list[Tensor]) -> tuple[int, int, list[Batch]]:
+            pixels = iter(decoded)
+            return step[0], step[1], [self.collate(rows, pixels) for rows in step[2]]
+
+        if images is None:
+            return (assemble(step, []) for step in steps)
+        return prefetch(steps, numbers, images.decode, assemble, self.image_workers)
+
+    def collate(self, rows: list[list[int]], pixels: Iterator[Tensor] | None = None) -> Batch:
+        """Rows of dataset indices as a batch. `pixels`: their images, decoded; without it they are decoded here."""
         examples = [[self.dataset[i] for i in row] for row in rows]
         lengths = [[len(ids) for ids, _ in row] for row in examples]
         T = max(sum(row) for row in lengths)
@@ -123,7 +168,17 @@ class Batches:
             targets[b, : sum(lengths[b])] = torch.cat([wanted for _, wanted in row])
         layout = packed_layout(lengths, T) if self.packing else padded_layout(T)
         target_index = (targets.view(-1) != IGNORE_INDEX).nonzero().squeeze(1)
-        return Batch(input_ids, layout, target_index, targets.view(-1)[target_index])
+        batch = Batch(input_ids, layout, target_index, targets.view(-1)[target_index])
+        images = self.dataset.images
+        numbers = [number for row in rows for i in row for number in images.of(i)] if images else []
+        if not numbers:
+            return batch
+        decoded = [images.decode(number) if pixels is None else next(pixels) for number in numbers]
+        # Row by row and from left to right, which is the order of the images, too.
+        image_index = (input_ids.view(-1) == images.processor.token_id).nonzero().squeeze(1)
+        assert len(image_index) == len(numbers) * images.processor.tokens
+        pixel_values = images.processor.normalize(torch.stack(decoded))
+        return replace(batch, pixel_values=pixel_values, image_index=image_index)
 
 
 def first_fit(order: list[int], lengths: list[int], capacity: int, window: int = PACK_WINDOW) -> list[list[int]]:

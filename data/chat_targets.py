@@ -42,13 +42,14 @@ def find_messages(render: Render, messages: Sequence[dict], wanted: Sequence[int
 
 
 def _compare_all(render: Render, messages: Sequence[dict], text: str) -> list[Place] | None:
-    """Mark all contents at once; None if the template does more with a content than to strip it.
+    """Mark all contents (but those with images, which are not trained) at once; None if the template does more with a
+    content than to strip it.
 
     What it writes around the marks are its own words. The contents put between them must give the real text to the
     letter, so a place that is returned is right.
     """
     marked = [
-        message if message.get("content") is None else message | {"content": MARK.format(i)}
+        message | {"content": MARK.format(i)} if isinstance(message.get("content"), str) else message
         for i, message in enumerate(messages)
     ]
     try:

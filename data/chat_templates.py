@@ -2,8 +2,7 @@
 
 A checkpoint carries its format as a jinja2 program, in `chat_template.jinja` or inside `tokenizer_config.json`. It is
 a stranger's program, so it runs in jinja2's sandbox, with the settings, names and values that transformers gives it:
-the text must come out equal to the letter. Four well-known formats are written out below, for base models without
-one.
+the text must come out equal to the letter. For base models without one, data/chat_formats.py has the well-known ones.
 
 Where each message went, and so what is trained, is found out in data/chat_targets.py.
 """
@@ -12,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jinja2
@@ -20,74 +19,12 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from data.chat_contents import PLACEHOLDER, as_parts, as_string, takes_parts, takes_strings
+from data.chat_formats import TEMPLATES
 from data.chat_targets import REASONING, TurnEnds, find_messages
 from data.tokenizers import Tokenizer
 
 TRAIN_ON = ("assistant", "last", "all")
-
-# The newline after a {% block %} is not part of the text, nor is the space before one at the start of a line.
-TEMPLATES = {
-    # Meta's Llama 2 chat: the system message sits inside the first user message.
-    "llama2": """\
-{% set system = messages[0].content if messages[0].role == 'system' else none %}
-{% for message in (messages if system is none else messages[1:]) %}
-{% if message.role != ('assistant' if loop.index0 % 2 else 'user') %}
-{{ raise_exception('the llama2 format wants user and assistant messages in turn, after at most one system message') }}
-{% endif %}
-{% if message.role == 'assistant' %}
-{{ ' ' ~ message.content.strip() ~ ' ' ~ eos_token }}
-{%- elif loop.first and system is not none %}
-{{ bos_token ~ '[INST] ' ~ ('<<SYS>>\\n' ~ system ~ '\\n<</SYS>>\\n\\n' ~ message.content).strip() ~ ' [/INST]' }}
-{%- else %}
-{{ bos_token ~ '[INST] ' ~ message.content.strip() ~ ' [/INST]' }}
-{%- endif %}
-{% endfor %}
-""",
-    "llama3": """\
-{{ bos_token }}
-{%- for message in messages %}
-<|start_header_id|>{{ message.role }}<|end_header_id|>
-
-{{ message.content.strip() }}<|eot_id|>
-{%- endfor %}
-{% if add_generation_prompt %}
-<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}
-{%- endif %}
-""",
-    # Nothing stands before the first turn, except BOS for a tokenizer whose model expects one before every text.
-    "chatml": """\
-{% for message in messages %}
-<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}
-{% if add_generation_prompt %}
-<|im_start|>assistant
-{% endif %}
-""",
-    # Vicuna v1.1 to v1.5 (FastChat): plain words, one space after a question, EOS after an answer.
-    "vicuna": """\
-{{ bos_token }}
-{%- if messages[0].role == 'system' %}
-{{ messages[0].content }}
-{%- else %}
-A chat between a curious user and an artificial intelligence assistant. \
-The assistant gives helpful, detailed, and polite answers to the user's questions.
-{%- endif %}
-{{ ' ' }}
-{%- for message in messages %}
-{% if message.role == 'user' %}
-USER: {{ message.content }}{{ ' ' }}
-{%- elif message.role == 'assistant' %}
-ASSISTANT: {{ message.content }}{{ eos_token }}
-{%- elif not loop.first %}
-{{ raise_exception('the vicuna format has user and assistant messages, after at most one system message') }}
-{% endif %}
-{% endfor %}
-{% if add_generation_prompt %}
-ASSISTANT:
-{%- endif %}
-""",
-}
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -127,8 +64,24 @@ class ChatTemplate:
     def render(self, messages: Sequence[dict], *, add_generation_prompt: bool = False, tools=None) -> str:
         """The conversation as text, as transformers' `apply_chat_template(tokenize=False)` gives it.
 
-        Raises ValueError with the template's own words where it refuses the conversation.
+        A content is a string or, if it has images, a list of {"type": "text", "text": …} and {"type": "image"}; the
+        template is given whichever of the two it reads. Raises ValueError with the template's own words where it
+        refuses the conversation.
         """
+        reads_strings, reads_parts = self._reads
+        messages = list(messages)
+        for i, message in enumerate(messages):
+            content = message.get("content")
+            if isinstance(content, list) or not reads_strings:
+                messages[i] = message | {"content": as_parts(content) if reads_parts else as_string(content)}
+        return self._render(messages, add_generation_prompt, tools)
+
+    @cached_property
+    def _reads(self) -> tuple[bool, bool]:
+        """Whether the template reads contents that are strings, and such that are lists of parts."""
+        return takes_strings(self._render), takes_parts(self._render)
+
+    def _render(self, messages: Sequence[dict], add_generation_prompt: bool = False, tools=None) -> str:
         try:
             return self._template.render(
                 messages=[_plain(message) for message in messages],
@@ -258,9 +211,11 @@ def _plain(message: dict) -> dict:
 
 
 def _read_own_template(folder: Path) -> str | None:
-    """The template a folder holds: chat_template.jinja, else the (default) one in tokenizer_config.json."""
+    """The template a folder holds: chat_template.jinja, a processor's, or the (default) one of the tokenizer."""
     if (folder / "chat_template.jinja").is_file():
         return _read_text(folder / "chat_template.jinja")
+    if own := _read_json(folder / "chat_template.json").get("chat_template"):  # vision-language models until 2025
+        return own
     found = _read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):  # [{"name": …, "template": …}, …]
         named = {entry["name"]: entry["template"] for entry in found}
@@ -279,7 +234,7 @@ def _format_that_fits(tokenizer: Tokenizer, variables: dict) -> str | None:
     if "<|im_start|>" in tokenizer.special_tokens:
         return "chatml"
     if (variables.get("bos_token"), variables.get("eos_token")) == ("<s>", "</s>"):
-        return "llama2"
+        return "llava" if PLACEHOLDER in tokenizer.special_tokens else "llama2"
     return None
 
 

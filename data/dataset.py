@@ -12,9 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.chat_templates import ChatTemplate
+from data.image_files import BadImage, ImageFiles
+from data.images import ImageProcessor
 from data.json_rows import read_rows
 from data.rows import Encoded, encode_row
 from data.tokenizers import Tokenizer
+from modules.image_tokens import Images, place_images
 from modules.loss import IGNORE_INDEX
 
 
@@ -47,6 +50,15 @@ class DatasetReport:
     """Rows that went through the chat template."""
     unended: int = 0
     """Chat rows with a trained message that no end-of-turn token follows."""
+    images: int = 0
+    """Images of the examples kept."""
+    image_tokens: int = 0
+    """Tokens that each of them takes."""
+    images_too_long: int = 0
+    """Rows dropped: their images end behind seq_len."""
+    bad_images: int = 0
+    """Rows dropped: an image file that is missing or broken (with `skip_bad_rows`)."""
+    bad_image_example: str | None = None
 
     def lines(self) -> list[str]:
         """One sentence for the sum, and one for each thing a user should know."""
@@ -54,6 +66,15 @@ class DatasetReport:
             f"{self.path}: {self.examples:,} examples from {_rows(self.rows)}, {self.tokens:,} tokens, of which "
             f"{self.target_tokens:,} are trained; the longest has {self.longest:,}"
         ]
+        if self.images:
+            lines.append(f"{self.images:,} images of {self.image_tokens} tokens each among them")
+        if self.bad_images:
+            lines.append(f"{_rows(self.bad_images)} dropped: bad images, as in {self.bad_image_example}")
+        if self.images_too_long:
+            lines.append(
+                f"{_rows(self.images_too_long)} dropped: the images do not fit into --seq-len {self.seq_len} "
+                "(images are never cut)"
+            )
         if self.cut:
             lines.append(f"{_rows(self.cut)} cut to --seq-len {self.seq_len}")
         if self.split:
@@ -97,7 +118,9 @@ class TokenizedDataset:
     """[examples + 1] int64"""
     report: DatasetReport
     fingerprint: str
-    """SHA-256 of the three tensors: a run that is resumed on other data notices."""
+    """SHA-256 of the three tensors, and of the images' names and sizes: a run resumed on other data notices."""
+    images: ImageFiles | None = None
+    """The examples' image files; None: a dataset for a text model."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -117,6 +140,21 @@ class TokenizedDataset:
                 "the tokenizer in its folder has more tokens than the model"
             )
 
+    def place_images(self, i: int, ids: list[int]) -> Images | None:
+        """Example i's images for `ids`, which begin as it does and hold all or the first of them; None: no image."""
+        if self.images is None or not (found := ids.count(self.images.processor.token_id)):
+            return None
+        tokens = self.images.processor.tokens
+        pixel_values = self.pixel_values(i)[: found // tokens]
+        return place_images([ids], pixel_values, image_token=self.images.processor.token_id, tokens_per_image=tokens)
+
+    def pixel_values(self, i: int) -> Tensor | None:
+        """Example i's images as the model takes them, [images, 3, H, W] float32, decoded here and now; None: none."""
+        numbers = self.images.of(i) if self.images else ()
+        if not numbers:
+            return None
+        return self.images.processor.normalize(torch.stack([self.images.decode(number) for number in numbers]))
+
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each example."""
@@ -135,16 +173,28 @@ def load_dataset(
     on_special_content: str = "keep",
     split_long: bool = False,
     progress: bool = True,
+    image_processor: ImageProcessor | None = None,
+    image_root: str | Path | None = None,
+    skip_bad_rows: bool = False,
 ) -> TokenizedDataset:
     """Read, tokenise and mask a data file (formats: data/rows.py).
 
     A row longer than `seq_len` tokens is cut; with `split_long` it becomes several examples instead, and no target is
     lost. Raises FileNotFoundError, or ValueError with `FILE:LINE: reason` for a bad row, and ValueError where no row
     is left to train on.
+
+    With an `image_processor` rows may have images, in files under `image_root` (unless given: the data file's folder);
+    these are looked at here and decoded when their turn comes. A row with images is cut behind the last one or, where
+    even that is too long, dropped. `skip_bad_rows` drops rows with a missing or broken image instead of raising.
     """
     if seq_len is not None and seq_len < 2:
         raise ValueError(f"--seq-len {seq_len} leaves nothing to predict; it must be at least 2")
     report = DatasetReport(str(path), seq_len)
+    images = None
+    if image_processor is not None:
+        image_processor.check_tokenizer(tokenizer)
+        images = ImageFiles(image_processor, str(path), Path(image_root or Path(path).parent))
+        report.image_tokens = image_processor.tokens
     input_ids, targets, offsets = array("i"), array("i"), array("q", [0])
     rows = tqdm(
         read_rows(path), desc=f"Tokenising {Path(path).name}", unit=" rows", delay=1, leave=False, disable=not progress
@@ -159,7 +209,18 @@ def load_dataset(
                 prompt_field=prompt_field,
                 completion_field=completion_field,
                 on_special_content=on_special_content,
+                image_processor=image_processor,
             )
+            for name in encoded.images:
+                images.check(name)
+        except BadImage as error:
+            error = f"{path}:{line}: {error}"
+            if not skip_bad_rows:
+                raise ValueError(f"{error} (--skip-bad-rows leaves such rows out)") from None
+            report.rows += 1
+            report.bad_images += 1
+            report.bad_image_example = report.bad_image_example or error
+            continue
         except ValueError as error:
             raise ValueError(f"{path}:{line}: {error}") from None
         assert max(encoded.input_ids, default=0) < tokenizer.vocab_size
@@ -169,6 +230,9 @@ def load_dataset(
             input_ids.extend(piece_ids)
             targets.extend(piece_targets)
             offsets.append(len(input_ids))
+            if images is not None:
+                images.add(encoded.images, line)
+                report.images += len(encoded.images)
             report.examples += 1
             report.tokens += len(piece_ids)
             report.target_tokens += len(piece_targets) - piece_targets.count(IGNORE_INDEX)
@@ -179,12 +243,15 @@ def load_dataset(
     digest = hashlib.sha256()
     for numbers in (input_ids, targets, offsets):
         digest.update(numbers)
+    if images is not None and images.names:
+        digest.update(images.digest())
     return TokenizedDataset(
         input_ids=torch.frombuffer(input_ids, dtype=torch.int32),
         targets=torch.frombuffer(targets, dtype=torch.int32),
         offsets=torch.frombuffer(offsets, dtype=torch.int64),
         report=report,
         fingerprint=digest.hexdigest(),
+        images=images,
     )
 
 
@@ -202,7 +269,9 @@ def _examples(
     report.unended += encoded.unended
     if seq_len is None or len(ids) <= seq_len:
         yield ids, targets
-    elif split_long:
+    elif encoded.images_end > seq_len:
+        report.images_too_long += 1
+    elif split_long and not encoded.images:
         report.split += 1
         for start in range(0, len(ids), seq_len):
             # The last position of a piece predicts the first token of the next one. So nothing is lost where a piece

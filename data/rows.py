@@ -9,14 +9,18 @@ A row is one of these (the first that fits; null counts as absent):
     {"text": "…"}
 
 `prompt` and `completion` may both be lists of messages: then they are one chat, of which the completion is trained.
+For a vision-language model all of them may have images (data/image_rows.py).
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from data.chat_contents import IMAGE, PLACEHOLDER, Content, texts_of
 from data.chat_targets import special_token_pattern
 from data.chat_templates import TRAIN_ON, ChatTemplate
+from data.image_rows import RowImages
+from data.images import ImageProcessor
 from data.json_rows import shown
 from data.tokenizers import Tokenizer
 from modules.loss import IGNORE_INDEX
@@ -55,35 +59,52 @@ class Chat:
     first: int = 0
     """Number of the first message that may be trained."""
     tools: list | None = None
+    images: tuple[str, ...] = ()
+    """Image files in the order in which they stand in the text; of the other two formats, too."""
 
 
 @dataclass(frozen=True)
 class Completion:
     prompt: str
     completion: str
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Text:
     text: str
+    images: tuple[str, ...] = ()
 
 
 def parse_row(
-    row: dict, prompt_field: str | None = None, completion_field: str | None = None
+    row: dict, prompt_field: str | None = None, completion_field: str | None = None, with_images: bool = False
 ) -> "Chat | Completion | Text":
     """A row of any format as one of three. Raises ValueError (without file and line, which only the caller knows)."""
+    images = RowImages(row) if with_images else None
+    parsed = _parse(row, prompt_field, completion_field, images)
+    if images is None:
+        return parsed
+    if not isinstance(parsed, Chat):
+        images.flat([parsed.text] if isinstance(parsed, Text) else [parsed.prompt, parsed.completion])
+    return replace(parsed, images=images.finish())
+
+
+def _parse(
+    row: dict, prompt_field: str | None, completion_field: str | None, images: RowImages | None
+) -> "Chat | Completion | Text":
     has = {key for key, value in row.items() if value is not None}
     prompt, completion = prompt_field or "prompt", completion_field or "completion"
     if prompt_field or completion_field:
         if not {prompt, completion} <= has:
             raise ValueError(f"the row has no {prompt!r} and {completion!r}; it has {_listed(row)}")
     elif "messages" in has:
-        return Chat(_messages(row["messages"], "messages"), tools=_tools(row))
+        return Chat(_messages(row["messages"], "messages", images), tools=_tools(row))
     elif "conversations" in has:
-        return Chat(_messages(row["conversations"], "conversations"), tools=_tools(row))
+        return Chat(_messages(row["conversations"], "conversations", images), tools=_tools(row))
     if {prompt, completion} <= has:
         if isinstance(row[prompt], list) and isinstance(row[completion], list):
-            before, after = _messages(row[prompt], prompt), _messages(row[completion], completion)
+            before = _messages(row[prompt], prompt, images)
+            after = _messages(row[completion], completion, images)
             return Chat(before + after, first=len(before), tools=_tools(row))
         return Completion(_string(row[prompt], prompt), _string(row[completion], completion))
     if {"instruction", "output"} <= has:
@@ -98,13 +119,13 @@ def parse_row(
     )
 
 
-def _messages(found: object, key: str) -> list[dict]:
+def _messages(found: object, key: str, images: RowImages | None) -> list[dict]:
     if not isinstance(found, list) or not found:
         raise ValueError(f"{key!r} must be a list of messages with at least one, got {shown(found)}")
-    return [_message(message, f"{key}[{i}]") for i, message in enumerate(found)]
+    return [_message(message, f"{key}[{i}]", images) for i, message in enumerate(found)]
 
 
-def _message(message: object, where: str) -> dict:
+def _message(message: object, where: str, images: RowImages | None) -> dict:
     """{"role", "content"} and whatever else the row gives the template, from either spelling."""
     if not isinstance(message, dict):
         raise ValueError(f"{where} must be an object with role and content, got {shown(message)}")
@@ -116,17 +137,31 @@ def _message(message: object, where: str) -> dict:
     if not isinstance(role, str) or role not in roles:
         raise ValueError(f"unknown role {shown(role)} in {where}; known are {', '.join(roles)}")
     if isinstance(content, list):
-        content = "".join(_text_part(part, where) for part in content)
-    if content is not None or not message.get("tool_calls"):  # a message may be nothing but tool calls
-        _string(content, f"{where}.{content_key}")
+        content = _content(content, where, images)
+    elif content is not None or not message.get("tool_calls"):  # a message may be nothing but tool calls
+        content = _string(content, f"{where}.{content_key}")
+        content = images.string(content) if images else content
+    if isinstance(content, list) and roles[role] == "assistant":
+        raise ValueError(f"{where} is an assistant message with an image in it: these models read images, only")
     more = {key: value for key, value in message.items() if key not in (role_key, content_key)}
     return {**more, "role": roles[role], "content": content}
 
 
+def _content(found: list, where: str, images: RowImages | None) -> Content:
+    """A list of parts as one string or, where there are images among them, as a list of texts and images."""
+    parts: list[dict] = []
+    for part in found:
+        is_image = isinstance(part, dict) and part.get("type") in ("image", "image_url")
+        if is_image and images is None:
+            raise ValueError(f"{where} holds an image; these recipes train on text only")
+        new = images.part(part, where) if is_image else _text_part(part, where)
+        new = images.string(new) if images and isinstance(new, str) else new
+        parts += new if isinstance(new, list) else [new] if new == IMAGE else [{"type": "text", "text": new}]
+    return parts if IMAGE in parts else "".join(part["text"] for part in parts)
+
+
 def _text_part(part: object, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind in ("image", "image_url"):
-        raise ValueError(f"{where} holds an image; these recipes train on text only")
     if kind != "text":
         raise ValueError(f'{where}.content: a part must be {{"type": "text", "text": …}}, got {shown(part)}')
     return _string(part.get("text"), f"{where}.content text")
@@ -167,6 +202,10 @@ class Encoded:
     """Some trained message has no end-of-turn token."""
     chat: bool = False
     """Rendered by the chat template."""
+    images: tuple[str, ...] = ()
+    """Image files, as the row names them, in the order of their tokens."""
+    images_end: int = 0
+    """Number of the position behind the last image token: a row must not be cut before it."""
 
 
 def encode_row(
@@ -178,39 +217,57 @@ def encode_row(
     prompt_field: str | None = None,
     completion_field: str | None = None,
     on_special_content: str = "keep",
+    image_processor: ImageProcessor | None = None,
 ) -> Encoded:
     """Tokens and targets of one row; both lists have one length. Raises ValueError if the row is bad.
 
     `train_on`: "assistant", "last" (assistant message) or "all" (every token after the first). A row may come out
-    without any target: the caller drops and counts it.
+    without any target: the caller drops and counts it. With an `image_processor` rows may have images: each <image>
+    token is there as often as the image has features, and none of them is a target.
     """
     if train_on not in TRAIN_ON:
         raise ValueError(f"--train-on {train_on!r} is not one of {', '.join(TRAIN_ON)}")
-    match parse_row(row, prompt_field, completion_field):
+    parsed = parse_row(row, prompt_field, completion_field, with_images=image_processor is not None)
+    special, unended = None, False
+    match parsed:
         case Text(text):
             # Here a special token is not a surprise: who writes whole texts may write them with their frame.
             ids = tokenizer.encode_prompt(text) + [_eos(tokenizer)]
-            return Encoded(ids, _targets(ids, [True] * len(ids)))
+            trained = [True] * len(ids)
         case Completion(prompt, completion):
-            special = _special_in([prompt, completion], tokenizer, on_special_content)
+            words = [prompt, completion]
+            if parsed.images:
+                words = [text.replace(PLACEHOLDER, "") for text in words]
+            special = _special_in(words, tokenizer, on_special_content)
             prompt_ids = tokenizer.encode_prompt(prompt)
             completion_ids = tokenizer.encode(completion) + [_eos(tokenizer)]
             trained = [train_on == "all"] * len(prompt_ids) + [True] * len(completion_ids)
             ids = prompt_ids + completion_ids
-            return Encoded(ids, _targets(ids, trained), special)
         case Chat(messages, first, tools):
             if template is None:
                 raise ValueError(
                     "a chat row, but this checkpoint has no chat template; choose one with --chat-format "
                     "llama2, llama3, chatml, vicuna or FILE.jinja"
                 )
-            contents = [message["content"] for message in messages if message["content"] is not None]
+            contents = [text for message in messages for text in texts_of(message["content"])]
             special = _special_in(contents, tokenizer, on_special_content)
             rendered = template.render_with_targets(messages, train_on, first=first, tools=tools)
             # As transformers does with a chat: what the template wrote is all, no BOS or EOS is added.
             ids, token_spans = tokenizer.encode_with_spans(rendered.text)
             trained = _overlaps(token_spans, rendered.spans, len(rendered.text))
-            return Encoded(ids, _targets(ids, trained), special, rendered.unended > 0, chat=True)
+            unended = rendered.unended > 0
+            # A processor of text and images does add it, and LLaVA's own template relies on that.
+            if image_processor is not None and tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:
+                ids, trained = [tokenizer.bos_id, *ids], [False, *trained]
+    images_end = 0
+    if image_processor is not None:
+        places = image_processor.places(ids, len(parsed.images))
+        trained = [trained[i] and ids[i] != image_processor.token_id for i in places]
+        ids = [ids[i] for i in places]
+        if parsed.images:
+            images_end = len(ids) - ids[::-1].index(image_processor.token_id)
+    is_chat = isinstance(parsed, Chat)
+    return Encoded(ids, _targets(ids, trained), special, unended, is_chat, parsed.images, images_end)
 
 
 def _eos(tokenizer: Tokenizer) -> int:

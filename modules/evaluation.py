@@ -26,7 +26,8 @@ def evaluate_loss(
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in batches:
         batch = batch.to(device, dtype)
-        hidden = model(batch.input_ids, batch.layout)
+        images = {} if batch.images is None else {"images": batch.images}
+        hidden = model(batch.input_ids, batch.layout, **images)
         total += linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index)
         tokens += batch.target_tokens
     model.train(training)
@@ -42,6 +43,7 @@ def sample_completion(
     if first == 0:  # a text row: everything is a target, so continue its beginning
         first = min(len(input_ids) // 2, 31)
     prompt, expected = input_ids[: first + 1], [t for t in targets[first:] if t != IGNORE_INDEX]
-    (completion,) = generate(model, [prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    images = dataset.place_images(0, prompt)
+    (completion,) = generate(model, [prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids, images=images)
     texts = {"prompt": prompt, "completion": completion, "expected": expected}
     return {name: tokenizer.decode(ids) for name, ids in texts.items()}

@@ -54,13 +54,20 @@ class LoRALinear(nn.Linear):
         """(α/r) · B A, [out, in] float32: what merging adds to the weight."""
         return (self.lora_B.weight.float() @ self.lora_A.weight.float()) * self.scaling
 
+    def dense_weight(self) -> Tensor:
+        """W, whatever form it is stored in; of a quantised layer a copy."""
+        dense = getattr(self.base_class, "dense_weight", None)
+        return dense(self) if dense else self.weight
+
+    def merged_weight(self) -> Tensor:
+        """The one matrix, in float32, that does what W and the adapter do."""
+        return self.dense_weight().float() + self.delta()
+
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain layer with the same outputs: W + (α/r) · B A, added in float32 and rounded to W's dtype once."""
-        dense = getattr(self.base_class, "dense_weight", None)
-        weight = dense(self) if dense else self.weight
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        layer.weight = nn.Parameter((weight.float() + self.delta()).to(weight.dtype), requires_grad=False)
+        layer.weight = nn.Parameter(self.merged_weight().to(self.weight.dtype), requires_grad=False)
         layer.bias = self.bias
         return layer.train(self.training)
 
@@ -74,14 +81,16 @@ def add_lora(
     rank: int = 16,
     alpha: float = 32.0,
     dropout: float = 0.0,
-    targets: Sequence[str] = ALL_LINEAR,
+    targets: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
+    layer: type[LoRALinear] = LoRALinear,
 ) -> list[str]:
-    """Freeze the model and replace its target layers by LoRALinear; returns their names.
+    """Freeze the model and replace its target layers by LoRALinear (or a relative, `layer`); returns their names.
 
     A target is a layer's full name or its last components (`q_proj`, `self_attn.q_proj`, `lm_head`). Raises ValueError
-    for a target that names no linear layer.
+    for a target that names no linear layer. None stands for every linear layer of the blocks.
     """
+    targets = ALL_LINEAR if targets is None else targets
     if rank < 1:
         raise ValueError(f"--rank {rank} must be at least 1")
     if not 0 <= dropout < 1:
@@ -96,7 +105,7 @@ def add_lora(
     model.requires_grad_(False)
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, LoRALinear(layers[name], rank, alpha, dropout, dtype))
+        setattr(model.get_submodule(parent), leaf, layer(layers[name], rank, alpha, dropout, dtype))
     return names
 
 
@@ -105,10 +114,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Replace every LoRALinear by a plain linear layer with the same outputs (an NF4 base becomes dense)."""
-    for name, layer in lora_layers(model).items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.merged())
+    """Replace every adapted layer by a plain linear layer with the same outputs (an NF4 base becomes dense)."""
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "merged"):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer.merged())
 
 
 def _names(target: str, layer: str) -> bool:

@@ -50,6 +50,8 @@ def why_not(model: nn.Module) -> str | None:
         if block.mlp.activation is not F.silu:
             return "its feed-forward has another activation than SiLU"
         for name, layer in block.named_modules():
+            if isinstance(layer, LoRALinear) and type(layer).forward is not LoRALinear.forward:
+                return f"{name} is a {type(layer).__name__}"
             if isinstance(layer, LoRALinear) and layer.dropout.p:
                 return "--dropout is not 0"
             if getattr(layer, "bias", None) is not None:

@@ -131,7 +131,7 @@ def quantize_nf4(model: nn.Module, *, head: bool = False) -> list[str]:
         names.append("lm_head")
     for prefix, block in ((n, m) for n, m in model.named_modules() if any(m is b for b in model.blocks)):
         for name, layer in list(block.named_modules()):
-            if type(layer) is nn.Linear:
+            if type(layer) is nn.Linear and ".lora_" not in name:  # adapters stay as they are
                 parent, _, leaf = name.rpartition(".")
                 setattr(block.get_submodule(parent), leaf, NF4Linear.from_linear(layer))
                 names.append(f"{prefix}.{name}")

@@ -16,7 +16,7 @@ class RMSNorm(nn.Module):
         # At least float32: bfloat16 squares lose the small entries. Never *down* to it: gradcheck runs in float64.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return self.weight.to(x.dtype) * wide.to(x.dtype)  # a trained weight may be kept in float32
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -26,7 +26,7 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, t
 
 
 def build_optimizer(
-    name: str, parameters: dict[str, nn.Parameter], *, lr: float, weight_decay: float
+    name: str, parameters: dict[str, nn.Parameter], *, lr: float, weight_decay: float, groups: list[dict] | None = None
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) over named parameters; matrices decay, vectors (norms, biases) do not.
 
@@ -34,12 +34,13 @@ def build_optimizer(
     adamw-8bit  2 bytes, quantised (modules/optim_8bit.py)
     adamw-host  8 bytes of host memory, none on the card; every step moves them there and back (modules/optim_host.py)
 
-    bfloat16 parameters are updated with stochastic rounding, by all three. Raises ValueError for an unknown name, or
-    if torchao is missing.
+    bfloat16 parameters are updated with stochastic rounding, by all three. `groups` divides the parameters, each group
+    with its `params` by name and its `lr` (LoRA+). Raises ValueError for an unknown name, or if torchao is missing.
     """
     groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+        group | {"params": [p for p in group["params"].values() if (p.ndim >= 2) == decays], "weight_decay": decay}
+        for group in groups or [{"params": parameters}]
+        for decays, decay in ((True, weight_decay), (False, 0.0))
     ]
     groups = [group for group in groups if group["params"]]
     if name == "adamw-8bit":

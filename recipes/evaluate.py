@@ -25,8 +25,10 @@ from checkpointing.run_record import plain
 from data.batches import Batches
 from data.chat_templates import load_chat_template
 from data.dataset import load_dataset
+from data.images import load_image_processor
 from data.tokenizers import load_tokenizer
 from models import build_model
+from models.llava import LlavaForConditionalGeneration
 from modules.device import pick_device, pick_dtype
 from modules.evaluation import evaluate_loss
 
@@ -38,7 +40,9 @@ class Config:
     data: Path
     """Rows in any of the training formats."""
     adapter: Path | None = None
-    """LoRA adapter folder in PEFT's format."""
+    """Adapter folder in PEFT's format."""
+    image_root: Path | None = None
+    """Folder that image files are named relative to; default: the data file's."""
     prompt_field: str | None = None
     """Column to use as the prompt, with --completion-field."""
     completion_field: str | None = None
@@ -61,7 +65,9 @@ def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     folder = find_checkpoint(cfg.model)
-    model = build_model(read_config(folder))
+    config = read_config(folder)
+    model = build_model(config)
+    sees = isinstance(model, LlavaForConditionalGeneration)
     tokenizer = load_tokenizer(folder)
     dataset = load_dataset(
         cfg.data,
@@ -71,6 +77,8 @@ def main(cfg: Config) -> None:
         train_on=cfg.train_on,
         prompt_field=cfg.prompt_field,
         completion_field=cfg.completion_field,
+        image_processor=load_image_processor(folder, config) if sees else None,
+        image_root=cfg.image_root,
     )
     dataset.check_vocabulary(model.config.vocab_size)
     for line in dataset.report.lines():

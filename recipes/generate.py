@@ -21,10 +21,14 @@ from checkpointing.adapters import load_adapter
 from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from data.chat_templates import load_chat_template, stop_token_ids
+from data.image_files import load_image
+from data.images import load_image_processor
 from data.tokenizers import load_tokenizer
 from models import build_model
+from models.llava import LlavaForConditionalGeneration
 from modules.device import pick_device, pick_dtype
 from modules.generation import generate
+from modules.image_tokens import place_images
 
 
 @dataclass
@@ -33,8 +37,10 @@ class Config:
     """Checkpoint folder or Hub id."""
     prompt: str
     """What to complete, or to answer."""
+    image: tuple[Path, ...] = ()
+    """Images for a model that sees; with --raw, <image> in the prompt says where they stand, else they stand first."""
     adapter: Path | None = None
-    """LoRA adapter folder in PEFT's format."""
+    """Adapter folder in PEFT's format."""
     system: str | None = None
     """System message, with a chat template."""
     raw: bool = False
@@ -62,7 +68,11 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--temperature {cfg.temperature} is negative; 0 is greedy")
     device = pick_device(cfg.device)
     folder = find_checkpoint(cfg.model)
-    model = build_model(read_config(folder))
+    config = read_config(folder)
+    model = build_model(config)
+    sees = isinstance(model, LlavaForConditionalGeneration)
+    if cfg.image and not sees:
+        raise ValueError(f"--image: {cfg.model} is a {type(model).__name__}, which sees nothing")
     tokenizer = load_tokenizer(folder)
     template = None if cfg.raw else load_chat_template(folder, tokenizer, cfg.chat_format, extra_folder=cfg.adapter)
     if cfg.quantize == "nf4":
@@ -78,11 +88,20 @@ def main(cfg: Config) -> None:
             raise ValueError("--system needs a chat template: this prompt is continued as plain text")
         if not cfg.raw:
             print("no chat template: continuing the prompt as plain text", file=sys.stderr)
-        prompt = tokenizer.encode_prompt(cfg.prompt)
+        placed = "" if "<image>" in cfg.prompt else "<image>\n" * len(cfg.image)
+        prompt = tokenizer.encode_prompt(placed + cfg.prompt)
     else:
         messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
-        messages.append({"role": "user", "content": cfg.prompt})
+        parts = [*[{"type": "image"} for _ in cfg.image], {"type": "text", "text": cfg.prompt}]
+        messages.append({"role": "user", "content": parts if cfg.image else cfg.prompt})
         prompt = tokenizer.encode(template.render(messages, add_generation_prompt=True))
+    images = None
+    if sees:
+        processor = load_image_processor(folder, config)
+        pixels = torch.stack([load_image(path, processor) for path in cfg.image]) if cfg.image else None
+        prompt = processor.expand(prompt, len(cfg.image))
+        sizes = dict(image_token=processor.token_id, tokens_per_image=processor.tokens)
+        images = place_images([prompt], pixels, **sizes)
     (completion,) = generate(
         model.eval(),
         [prompt],
@@ -90,6 +109,7 @@ def main(cfg: Config) -> None:
         temperature=cfg.temperature,
         stop_ids=stop_token_ids(folder, tokenizer, template),
         generator=torch.Generator(device).manual_seed(cfg.seed),
+        images=images,
     )
     print(tokenizer.decode(completion))
 

@@ -24,7 +24,7 @@ from checkpointing.adapters import read_adapter
 from checkpointing.atomic import atomic_folder
 from checkpointing.errors import clear_errors, say
 from checkpointing.export import check_export, write_companions, write_weights
-from checkpointing.pretrained import WeightFiles, check_names, find_checkpoint, read_config
+from checkpointing.pretrained import WeightFiles, check_names, find_checkpoint, on_disk, read_config
 from checkpointing.safetensors_file import spec_bytes
 from models import build_model
 from modules.device import DTYPES, pick_device
@@ -57,7 +57,7 @@ def main(cfg: Config) -> None:
     config = read_config(folder)
     weights = WeightFiles(folder)
     model = build_model(config)  # for its names and shapes
-    check_names(model, weights)
+    layout = check_names(model, weights)
     quantized = {f"{name}.weight" for name in quantize_nf4(model)} if cfg.quantize == "nf4" else set()
     settings, adapter = read_adapter(cfg.adapter) if cfg.adapter else ({}, {})
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
@@ -66,19 +66,24 @@ def main(cfg: Config) -> None:
         if shapes.get(f"{name}.weight") != delta_shape:
             raise ValueError(f"{cfg.adapter} does not fit {cfg.model}: {name} is {shapes.get(f'{name}.weight')}")
 
+    files = {name: on_disk(name, layout) for name in shapes}  # what each is called there
     tied = model.config.tie_word_embeddings
-    names = [name for name in weights.names() if name in shapes and not (tied and name == "lm_head.weight")]
+    names = [name for name in shapes if files[name] in weights and not (tied and name == "lm_head.weight")]
     if tied and "lm_head" in settings:
         # The adapted head no longer equals the embedding: write it on its own.
         config = config | {"tie_word_embeddings": False}
+        if "text_config" in config:
+            config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
         names.append("lm_head.weight")
+    (embedding,) = (file for name, file in files.items() if name.endswith("embed_tokens.weight"))
 
     def stored(name: str) -> Tensor:
-        tensor = weights.read(name if name in weights else "model.embed_tokens.weight")  # a tied head
+        tensor = weights.read(files[name] if files[name] in weights else embedding)  # a tied head
         return tensor if cfg.dtype == "auto" else tensor.to(DTYPES[cfg.dtype])
 
-    def merged(name: str) -> Tensor:
+    def merged(file: str) -> Tensor:
         bar.update()
+        name = ours[file]
         tensor, module = stored(name).to(device), name.removesuffix(".weight")
         if name in quantized:
             tensor = dequantize_nf4(quantize_nf4_tensor(tensor))
@@ -88,7 +93,8 @@ def main(cfg: Config) -> None:
             tensor = (tensor.float() + (B @ A) * scaling).to(tensor.dtype)
         return tensor
 
-    specs = [(name, shapes[name], stored(name).dtype) for name in names]
+    specs = [(files[name], shapes[name], stored(name).dtype) for name in names]
+    ours = {files[name]: name for name in names}
     template = cfg.adapter / "chat_template.jinja" if cfg.adapter else None
     cfg.output.parent.mkdir(parents=True, exist_ok=True)
     check_export(cfg.output.parent, sum(spec_bytes(spec) for spec in specs))

@@ -11,6 +11,8 @@ from data.batches import Batches, first_fit, fit_seq_len
 class Dataset:
     """Example i holds the token i, and its targets i + 1, `lengths[i]` times; the last target is ignored."""
 
+    images = None
+
     def __init__(self, lengths):
         self.lengths = lengths
 

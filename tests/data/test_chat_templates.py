@@ -212,7 +212,7 @@ def test_turns_without_an_end():
     assert located(begins, CHATS["two turns"], bos_token="</s>").unended == 0  # one token for both, as in GPT-2
 
 
-HAND_WRITTEN = {"llama2": LLAMA2, "llama3": LLAMA3, "chatml": CHATML, "vicuna": VICUNA}
+HAND_WRITTEN = {"llama2": LLAMA2, "llama3": LLAMA3, "chatml": CHATML, "vicuna": VICUNA, "llava": VICUNA}
 
 
 @pytest.mark.parametrize("name", HAND_WRITTEN)
@@ -224,7 +224,7 @@ def test_hand_written_formats_equal_the_published(name):
     assert ours.name == name
     compared = 0
     for label, messages in CHATS.items():
-        if name in ("llama2", "vicuna") and label in ("assistant first", "two assistants", "tool"):
+        if name in ("llama2", "vicuna", "llava") and label in ("assistant first", "two assistants", "tool"):
             continue  # not expressible in them, or not defined
         for prompt in (False, True):
             theirs = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)

@@ -85,9 +85,10 @@ def test_peft_adapter_opens_here(tmp_path, settings):
 def test_wrong_adapters_are_explained(tmp_path):
     reference, ours = make_pair(tmp_path / "base")
     make = dict(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    get_peft_model(copy.deepcopy(reference), LoraConfig(use_dora=True, **make)).save_pretrained(tmp_path / "dora")
-    with pytest.raises(ValueError, match="use_dora"):
-        load_adapter(ours, tmp_path / "dora")
+    biased = LoraConfig(lora_bias=True, **make)
+    get_peft_model(copy.deepcopy(reference), biased).save_pretrained(tmp_path / "biased")
+    with pytest.raises(ValueError, match="lora_bias"):
+        load_adapter(ours, tmp_path / "biased")
     other, _ = make_pair(tmp_path / "other", hidden_size=24, num_hidden_layers=3)
     get_peft_model(other, LoraConfig(**make)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"layers.2.self_attn.q_proj \(no such"):

@@ -1,0 +1,80 @@
+"""The table of parameter-efficient methods. Each is one file that explains it, and holds these functions:
+
+    add(model, options)                    put the method into a model and freeze everything else
+    export(model)                          → (fields of PEFT's adapter_config.json, tensors by PEFT's name)
+    opens(config)                          whether an adapter_config.json is this method's
+    load(model, config, tensors, dtype)    put a saved adapter into a model; → names of the modules that it changed
+
+and, where the method needs it,
+
+    parameter_groups(trainable, lr)        parameters with learning rates of their own, for `build_optimizer(groups=…)`
+    prepare_optimizer(model, optimizer)    what it does to gradients before a step
+    NEEDS_DENSE = True                     its start is computed from the weights before they are quantised
+"""
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import nn
+
+METHODS = {
+    "lora": "modules.lora_peft",
+    "rslora": "modules.rslora",
+    "dora": "modules.dora",
+    "lora-plus": "modules.lora_plus",
+    "lora-fa": "modules.lora_fa",
+    "pissa": "modules.pissa",
+    "olora": "modules.olora",
+    "vera": "modules.vera",
+    "loftq": "modules.loftq",
+    "eva": "modules.eva",
+    "ia3": "modules.ia3",
+    "bitfit": "modules.bitfit",
+    "ln": "modules.ln_tuning",
+    "houlsby": "modules.houlsby",
+    "pfeiffer": "modules.pfeiffer",
+    "parallel": "modules.parallel",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a method can be told; each reads what concerns it."""
+
+    rank: int = 16
+    """Of bottleneck adapters: the size of the bottleneck."""
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    """Modules to change, by name. None: those that the method stands for, of LoRA every linear layer of the blocks."""
+    dtype: torch.dtype = torch.float32
+    """Of what is trained."""
+    num_virtual_tokens: int = 20
+    quantize: type[nn.Linear] | None = None
+    """How frozen layers will be stored (NF4Linear, say), for starts that make up for its error."""
+    batches: Iterable | None = None
+    """Training micro-batches on the model's device, for starts computed from data."""
+
+
+def find_method(name: str) -> ModuleType:
+    """A method's file by its name in the table. ValueError for a name that is not there."""
+    if name not in METHODS:
+        raise ValueError(f"--method {name!r} is not one of {', '.join(METHODS)}")
+    return importlib.import_module(METHODS[name])
+
+
+def method_of(config: dict) -> str:
+    """The name of the method that wrote this adapter_config.json. ValueError if it is none of ours."""
+    for name in METHODS:
+        if find_method(name).opens(config):
+            return name
+    raise ValueError(f"peft_type {config.get('peft_type')!r} with these settings is none of {', '.join(METHODS)}")
+
+
+def add_method(model: nn.Module, name: str, options: Options) -> None:
+    """Put a method into a model; the model remembers which, for saving."""
+    find_method(name).add(model, options)
+    model.method = name

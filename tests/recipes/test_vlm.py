@@ -1,0 +1,213 @@
+"""vlm_finetune.py and what takes its results: parity with transformers + peft, packing, measures, resume, bad rows."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import LlavaForConditionalGeneration as HFLlava
+
+from tests.data import tiny_vision
+from tests.tiny import losses, read_metrics, run_recipe, write_rows
+
+TOKENS = tiny_vision.TOKENS
+
+
+def make_llava(folder):
+    """A random LLaVA with its processor, as transformers saves it."""
+    shutil.copytree(tiny_vision.folder(), folder)
+    processor = tiny_vision.llava_processor()
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=tiny_vision.SIDE,
+        patch_size=tiny_vision.PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(processor.tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+    )
+    model = HFLlava(LlavaConfig(vision_config=vision, text_config=text, image_token_index=processor.image_token_id))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, 0.08)
+    model.save_pretrained(folder)
+    return model
+
+
+def rows(folder, count=12):
+    """One image, none, and two, in both forms of row."""
+    for i in range(4):
+        tiny_vision.draw(30 + 7 * i, 40 - 3 * i, seed=i).save(folder / f"{i}.png")
+    made = []
+    for i in range(count):
+        answer = f"it is number {i * 7 % 5}"
+        images = [f"{(i + j) % 4}.png" for j in range((1, 0, 2)[i % 3])]
+        if i % 2:
+            content = [{"type": "image", "path": path} for path in images]
+            content.append({"type": "text", "text": f"which one is {i}?"})
+            made.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]})
+        else:
+            words = "<image>\n" * len(images) + f"which one is {i}?"
+            turns = [{"from": "human", "value": words}, {"from": "gpt", "value": answer}]
+            made.append({"conversations": turns} | ({"image": images} if images else {}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vlm")
+    make_llava(folder / "base")
+    write_rows(folder / "rows.jsonl", rows(folder))
+    return folder
+
+
+def train(base, output, *flags, steps=6, **options):
+    return run_recipe(
+        "vlm_finetune",
+        *("--model", base / "base", "--data", base / "rows.jsonl", "--output", output, "--device", "cpu"),
+        *("--seq-len", "96", "--batch-size", "2", "--epochs", "9", "--max-steps", steps, "--lr", "3e-3", *flags),
+        **options,
+    )
+
+
+def test_twenty_steps_follow_transformers_and_peft(base, tmp_path):
+    flags = ("--no-shuffle", "--schedule", "constant", "--rank", "4", "--projector", "lora")
+    train(base, tmp_path / "start", *flags, steps=0)
+    train(base, tmp_path / "run", *flags, steps=20)
+    reference = HFLlava.from_pretrained(base / "base")
+    model = peft.PeftModel.from_pretrained(reference, tmp_path / "start/adapter", is_trainable=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.0)
+    from data.batches import Batches
+    from data.dataset import load_dataset
+
+    dataset = load_dataset(
+        base / "rows.jsonl",
+        *tiny_vision.parts()[:2],
+        seq_len=96,
+        train_on="assistant",
+        image_processor=tiny_vision.parts()[2],
+    )
+    expected = []
+    for _, _, (batch,) in Batches(dataset, batch_size=2).steps(0, 0):
+        labels = torch.full(batch.input_ids.shape, -100)
+        labels.view(-1)[batch.target_index] = batch.targets
+        given = {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values}
+        logits = model(input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), **given).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+        if len(expected) == 20:
+            break
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--activations", "none"),
+        ("--fused", "--activations", "offload"),
+        ("--batch-size", "1", "--grad-accum", "2"),
+        ("--quantize", "none", "--activations", "fast", "--fused"),
+    ],
+)
+def test_measures_train_the_same(base, tmp_path, flags):
+    parts = ("--vision", "lora", "--projector", "full", "--language", "lora", "--no-shuffle", "--max-grad-norm", "0")
+    train(base, tmp_path / "plain", *parts)
+    train(base, tmp_path / "run", *parts, *flags)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_packed_rows_do_not_see_each_other(base, tmp_path):
+    whole = ("--no-shuffle", "--seq-len", "96")
+    train(base, tmp_path / "rows", *whole, "--batch-size", "12", steps=1)
+    train(base, tmp_path / "packs", *whole, "--batch-size", "12", "--packing", steps=1)
+    assert losses(tmp_path / "packs") == pytest.approx(losses(tmp_path / "rows"), rel=1e-5)
+
+
+def test_each_part_has_its_learning_rate(base, tmp_path):
+    """A rate of 0 leaves a part as it was; the result of full training is a folder that transformers opens."""
+    flags = ("--vision", "full", "--projector", "full", "--language", "lora", "--vision-lr", "0")
+    train(base, tmp_path / "run", *flags, "--quantize", "nf4", steps=3)
+    before = HFLlava.from_pretrained(base / "base").state_dict()
+    after = AutoModelForImageTextToText.from_pretrained(tmp_path / "run/model").state_dict()
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert all(name in same for name in before if "vision_tower" in name)
+    assert not any("multi_modal_projector" in name for name in same)
+    assert (tmp_path / "run/model/processor_config.json").is_file()
+
+
+def test_resumed_equals_uninterrupted(base, tmp_path):
+    flags = ("--projector", "full", "--schedule", "constant", "--save-every", "2", "--eval-data", base / "rows.jsonl")
+    train(base, tmp_path / "whole", *flags)
+    train(base, tmp_path / "run", *flags, steps=2)
+    train(base, tmp_path / "run", *flags, "--resume")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    results = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert results[0] == results[1]
+
+
+def test_evaluate_generate_and_merge(base, tmp_path):
+    train(base, tmp_path / "run", "--eval-data", base / "rows.jsonl", "--rank", "4")
+    adapter = ("--adapter", tmp_path / "run/adapter", "--device", "cpu")
+    found = run_recipe("evaluate", "--model", base / "base", "--data", base / "rows.jsonl", *adapter).stdout
+    (expected,) = [row["eval_loss"] for row in read_metrics(tmp_path / "run") if "eval_loss" in row]
+    assert json.loads(found)["loss"] == pytest.approx(expected, rel=1e-5)
+    run_recipe(
+        "merge", "--model", base / "base", "--adapter", tmp_path / "run/adapter", "--output", tmp_path / "merged"
+    )
+    merged = run_recipe("evaluate", "--model", tmp_path / "merged", "--data", base / "rows.jsonl", "--device", "cpu")
+    assert json.loads(merged.stdout)["loss"] == pytest.approx(expected, rel=1e-5)
+
+    ask = ("--prompt", "which one is it?", "--image", base / "1.png", "--max-new-tokens", 8)
+    said = run_recipe("generate", "--model", tmp_path / "merged", *ask, "--device", "cpu").stdout
+    reference = HFLlava.from_pretrained(tmp_path / "merged")
+    processor = tiny_vision.llava_processor()
+    content = [{"type": "image"}, {"type": "text", "text": "which one is it?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    from PIL import Image
+
+    inputs = processor(text=text, images=Image.open(base / "1.png"), return_tensors="pt")
+    out = reference.generate(**inputs, max_new_tokens=8, do_sample=False)
+    expected = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert said.rstrip("\n") == expected
+    wrong = run_recipe("generate", "--model", tmp_path / "merged", *ask[:2], "--image", base / "no.png", check=False)
+    assert wrong.returncode == 2 and "no.png" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": "none.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}]}, "none.png"),
+        ({"image": "../../etc/passwd", "conversations": [{"from": "human", "value": "<image>\nwhat?"}]}, "passwd"),
+        ({"image": ["0.png", "1.png"], "conversations": [{"from": "human", "value": "<image>\nwhat?"}]}, "<image>"),
+    ],
+)
+def test_bad_images_are_one_clear_line(base, tmp_path, row, message):
+    row["conversations"].append({"from": "gpt", "value": "that"})
+    write_rows(base / "bad.jsonl", [*rows(base, 3), row])
+    done = train(base, tmp_path / "run", "--data", base / "bad.jsonl", check=False)
+    assert done.returncode == 2 and message in done.stderr and "bad.jsonl:4" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_cannot_work(base, tmp_path):
+    done = train(base, tmp_path / "run", "--language", "frozen", check=False)
+    assert done.returncode == 2 and "nothing to train" in done.stderr
