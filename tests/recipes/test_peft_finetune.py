@@ -1,0 +1,68 @@
+"""Every method of the table, by the recipe: it learns, what it saves gives the same loss, and it resumes."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modules.methods import METHODS
+from tests.tiny import losses, make_checkpoint, read_metrics, run_recipe, sums, write_rows
+
+RATES = {"ia3": 3e-2, "bitfit": 3e-2, "ln": 3e-2, "vera": 3e-2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("methods")
+    make_checkpoint(folder / "base")
+    write_rows(folder / "rows.jsonl", sums(24))
+    run_recipe("merge", "--model", folder / "base", "--output", folder / "nf4", "--quantize", "nf4")
+    return folder
+
+
+def train(base, output, method, *flags, steps=8):
+    return run_recipe(
+        "peft_finetune",
+        *("--model", base / "base", "--data", base / "rows.jsonl", "--eval-data", base / "rows.jsonl"),
+        *("--output", output, "--device", "cpu", "--method", method, "--rank", "4", "--alpha", "8", "--epochs", "9"),
+        *("--seq-len", "64", "--batch-size", "4", "--schedule", "constant", "--lr", RATES.get(method, 3e-3)),
+        *("--save-every", "4", "--max-steps", steps, *flags),
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method(base, tmp_path, method):
+    quantize = ("--quantize", "nf4") if method == "loftq" else ()
+    train(base, tmp_path / "whole", method, *quantize)
+    whole = losses(tmp_path / "whole")
+    (evaluated,) = [row["eval_loss"] for row in read_metrics(tmp_path / "whole") if "eval_loss" in row]
+    assert evaluated < whole[0]
+
+    flags = ("--model", base / "base", "--data", base / "rows.jsonl", "--device", "cpu", *quantize)
+    found = json.loads(run_recipe("evaluate", *flags, "--adapter", tmp_path / "whole/adapter").stdout)["loss"]
+    assert found == pytest.approx(evaluated, rel=1e-5)
+
+    train(base, tmp_path / "run", method, *quantize, steps=4)
+    train(base, tmp_path / "run", method, *quantize, "--resume")
+    assert losses(tmp_path / "run") == whole
+    adapters = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "run")]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0] | adapters[1])
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "loftq"])
+def test_over_nf4_packed_and_recomputed(base, tmp_path, method):
+    train(base, tmp_path / "run", method, "--quantize", "nf4", "--packing", "--activations", "lean")
+    (evaluated,) = [row["eval_loss"] for row in read_metrics(tmp_path / "run") if "eval_loss" in row]
+    assert evaluated < losses(tmp_path / "run")[0]
+
+
+def test_the_recipe_is_lora_finetune_with_another_section_5(base, tmp_path):
+    train(base, tmp_path / "run", "lora")
+    run_recipe(
+        "lora_finetune",
+        *("--model", base / "base", "--data", base / "rows.jsonl", "--eval-data", base / "rows.jsonl"),
+        *("--output", tmp_path / "lora", "--device", "cpu", "--rank", "4", "--alpha", "8", "--epochs", "9"),
+        *("--seq-len", "64", "--batch-size", "4", "--schedule", "constant", "--lr", "3e-3", "--max-steps", "8"),
+    )
+    assert losses(tmp_path / "run") == losses(tmp_path / "lora")
