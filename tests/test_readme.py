@@ -61,6 +61,13 @@ def test_links_lead_somewhere(page):
 
 
 def test_numbers_are_those_of_the_raw_file():
-    raw = json.loads((ROOT / "recipes/benchmarks/real_size_h200.json").read_text())
-    for run in raw["runs"][:4]:
-        assert f"| {run['tokens_per_second']:,} | {run['peak_memory_gib']:.2f} |" in README
+    raw = json.loads((ROOT / "recipes/benchmarks/benchmark_h200.json").read_text())
+    for row in raw["speed"]:
+        figures = f"{row['tokens_per_second']:,.0f} / {row['peak_gib']:.1f} ({row['percent_of_ceiling']:.0f} %)"
+        if row["settings"]["fused"] or row["settings"]["activations"] == "none":
+            assert figures in README, row["settings"]
+    confirmed = [row for row in raw["longest"] if row["settings"]["cap_gib"]]
+    assert all(row["within_cap"] and f"{row['settings']['length']:,} tokens" in README for row in confirmed)
+    fit = raw["longest_fit"]
+    assert f"{fit['fixed_gib']:.1f} GiB and {fit['kb_per_token']:.0f} KB per token" in README
+    assert all(f"{row['peak_gib']:.1f} GiB" in README for row in raw["full"])
