@@ -38,6 +38,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "preprocessor_config.json",
     "processor_config.json",
+    "chat_template.json",
 )
 # Buffers that old exports saved and that follow from the config.
 IGNORED = ("*.rotary_emb.inv_freq", "*.position_ids")

@@ -12,7 +12,6 @@ as "image"); there "<image>", or a part {"type": "image"}, takes the next of the
 """
 
 from data.chat_contents import IMAGE, PLACEHOLDER, Content
-from data.images import count_images
 from data.json_rows import shown
 
 
@@ -29,8 +28,13 @@ class RowImages:
             listed = row[columns[0]]
             listed = listed if isinstance(listed, list) else [listed]
             self.column = [_file(entry, f"{columns[0]}[{i}]") for i, entry in enumerate(listed)]
-        self.paths: list[str] = []
-        """The files of the parts so far; of a column, as many as have found their place."""
+        self.of_parts: list[str] = []
+        """The files that its messages name, so far."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """In the order of their places. That these are as many is seen when the whole text is there."""
+        return tuple(self.of_parts if self.column is None else self.column)
 
     def string(self, text: str) -> Content:
         """A message's string as its content: the placeholders in it become parts, if they are any."""
@@ -42,7 +46,7 @@ class RowImages:
             # The line break between image and words is the template's to write.
             piece = piece.lstrip("\n") if i else piece
             piece = piece.rstrip("\n") if i < len(pieces) - 1 else piece
-            parts += ([self._next()] if i else []) + ([{"type": "text", "text": piece}] if piece else [])
+            parts += ([IMAGE] if i else []) + ([{"type": "text", "text": piece}] if piece else [])
         return parts
 
     def part(self, part: dict, where: str) -> dict:
@@ -51,30 +55,10 @@ class RowImages:
         if not keys:
             if self.column is None:
                 raise ValueError(f'{where} holds an image without a file; expected {{"type": "image", "path": …}}')
-            return self._next()
+            return IMAGE
         if self.column is not None or len(keys) > 1:
             raise ValueError(f"{where} names the file of an image twice: {', '.join(keys)} and elsewhere in the row")
-        self.paths.append(_file(part[keys[0]], f"{where}.content {keys[0]}"))
-        return IMAGE
-
-    def flat(self, texts: list[str]) -> None:
-        """Texts in which the placeholders stay: those of prompt/completion and text rows."""
-        if self.column is not None:
-            for _ in range(sum(text.count(PLACEHOLDER) for text in texts)):
-                self._next()
-
-    def finish(self) -> tuple[str, ...]:
-        """The files in the order of their places. Raises ValueError if these are not as many."""
-        if self.column is None:
-            return tuple(self.paths)
-        if len(self.paths) != len(self.column):
-            raise ValueError(
-                f"{count_images(len(self.column))}, but {len(self.paths)} {PLACEHOLDER} in the text to stand for them"
-            )
-        return tuple(self.column)
-
-    def _next(self) -> dict:
-        self.paths.append("")
+        self.of_parts.append(_file(part[keys[0]], f"{where}.content {keys[0]}"))
         return IMAGE
 
 

@@ -106,7 +106,8 @@ class ImageProcessor:
         Raises ValueError if there are more or fewer of these tokens than images.
         """
         if (found := ids.count(self.token_id)) != images:
-            raise ValueError(f"{count_images(images)}, but {found} {PLACEHOLDER} in the text to stand for them")
+            named = f"{images} image{'s' * (images != 1)}"
+            raise ValueError(f"{named}, but {found} {PLACEHOLDER} in the text to stand for them")
         return [i for i, token in enumerate(ids) for _ in range(self.tokens if token == self.token_id else 1)]
 
     def expand(self, ids: list[int], images: int) -> list[int]:
@@ -239,7 +240,3 @@ def _per_channel(found: object, key: str, path: Path) -> tuple[float, ...]:
     if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
         raise ValueError(f"{path}: {key} = {shown(found)} must be one number or three")
     return values
-
-
-def count_images(number: int) -> str:
-    return f"{number} image" if number == 1 else f"{number} images"

@@ -82,11 +82,7 @@ def parse_row(
     """A row of any format as one of three. Raises ValueError (without file and line, which only the caller knows)."""
     images = RowImages(row) if with_images else None
     parsed = _parse(row, prompt_field, completion_field, images)
-    if images is None:
-        return parsed
-    if not isinstance(parsed, Chat):
-        images.flat([parsed.text] if isinstance(parsed, Text) else [parsed.prompt, parsed.completion])
-    return replace(parsed, images=images.finish())
+    return replace(parsed, images=images.files) if images else parsed
 
 
 def _parse(

@@ -94,7 +94,9 @@ def main(cfg: Config) -> None:
         messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
         parts = [*[{"type": "image"} for _ in cfg.image], {"type": "text", "text": cfg.prompt}]
         messages.append({"role": "user", "content": parts if cfg.image else cfg.prompt})
-        prompt = tokenizer.encode(template.render(messages, add_generation_prompt=True))
+        text = template.render(messages, add_generation_prompt=True)
+        # The processor of a model that sees adds BOS where the template wrote none; a tokenizer takes it as it is.
+        prompt = tokenizer.encode_prompt(text) if sees else tokenizer.encode(text)
     images = None
     if sees:
         processor = load_image_processor(folder, config)

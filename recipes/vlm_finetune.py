@@ -77,7 +77,7 @@ class Config:
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens are trained: all assistant turns (completions), the last one, or everything."""
     chat_format: str = "auto"
-    """Chat template: auto (the checkpoint's own), llama2, llama3, chatml, vicuna or a .jinja file."""
+    """Chat template: auto (the checkpoint's own), llava, vicuna, llama2, llama3, chatml or a .jinja file."""
     on_special_content: Literal["keep", "error"] = "keep"
     """What to do with rows whose own text contains special tokens."""
     seq_len: int | None = None

@@ -182,6 +182,7 @@ def test_packed_rows(load, tmp_path):
     names = [dataset.images.names[number] for i in order for number in dataset.images.of(i)]
     expected = torch.stack([load_image(tmp_path / name, PROCESSOR) for name in names])
     assert batch.pixel_values.equal(expected)
+    assert same(batches.collate(plan), batch)
     T = batch.input_ids.shape[1]
     wanted = []  # image by image: where its tokens must lie
     for b, packed in enumerate(plan):

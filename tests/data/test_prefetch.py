@@ -76,14 +76,18 @@ def test_how_far_ahead(count, ahead):
     results.close()
 
 
-def test_leaving_early_ends_the_threads():
-    before = threading.active_count()
-    for item in prefetch(itertools.count(), lambda item: [item] * 20, abs, lambda item, decoded: item, 4):
-        if item == 3:
-            break
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
+def test_leaving_early_ends_the_threads_and_what_waits():
+    before, decoded = threading.active_count(), []
+
+    def decode(part):
+        time.sleep(0.001)
+        decoded.append(part)
+
+    for _ in prefetch(itertools.count(), lambda item: [item] * 100, decode, lambda item, _: item, 2):
+        break
+    done = len(decoded)
+    time.sleep(0.05)
+    assert len(decoded) == done < 150  # 300 were under way
     assert threading.active_count() == before
 
 
