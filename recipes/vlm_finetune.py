@@ -43,12 +43,13 @@ from modules.attention import choose_attention, describe_attention, use_attentio
 from modules.compile import enable_compile
 from modules.device import DTYPES, describe_device, make_deterministic, peak_memory_gib, pick_device, pick_dtype
 from modules.evaluation import evaluate_loss, sample_completion
-from modules.lora import ALL_LINEAR, add_lora
+from modules.lora import ALL_LINEAR
 from modules.lora_block import disagreement, why_not
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory, storage_bytes
 from modules.optim import build_optimizer, learning_rate
 from modules.step_in_backward import step_in_backward
+from modules.vlm_parts import train_parts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1 Config
@@ -227,45 +228,29 @@ def train(cfg: Config, run: RunFolder) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 4 Model and weights
     weights = WeightFiles(folder)
-    parts = {
-        "vision": ("model.vision_tower.", cfg.vision, cfg.vision_lr),
-        "projector": ("model.multi_modal_projector.", cfg.projector, cfg.projector_lr),
-        "language": ("model.language_model.", cfg.language, cfg.language_lr),
-    }
-    if not any(how != "frozen" for _, how, _ in parts.values()):
-        raise ValueError("--vision, --projector and --language are all frozen: there is nothing to train")
-    if dtype == torch.float16 and any(how == "full" for _, how, _ in parts.values()):
+    how = {"vision": cfg.vision, "projector": cfg.projector, "language": cfg.language}
+    if dtype == torch.float16 and "full" in how.values():
         raise ValueError("float16 cannot hold an Adam step of weights trained in full: use --dtype bfloat16 or float32")
     if cfg.quantize == "nf4":
         from modules.nf4 import quantize_nf4  # torchao takes seconds to import
 
         # Still on the meta device: each weight is quantised as it arrives.
-        for tower in [model.vision_tower] * (cfg.vision != "full") + [model.language_model] * (cfg.language != "full"):
-            quantize_nf4(tower)
+        for tower, choice in ((model.vision_tower, cfg.vision), (model.language_model, cfg.language)):
+            if choice != "full":
+                quantize_nf4(tower)
     load_weights(model, weights, device=device, dtype=dtype)
 
     # -----------------------------------------------------------------------------------------------------------------
     # 5 Adapters / quantisation
-    model.requires_grad_(False)
-    targets = []
-    for part, (prefix, how, _) in parts.items():
-        names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith(prefix)]
-        if part == "language":
-            names = [n for n in names if n.rpartition(".")[2] in cfg.targets]
-        targets += names if how == "lora" else []
-    if targets:
-        sizes = dict(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout, dtype=DTYPES[cfg.adapter_dtype])
-        add_lora(model, targets=targets, **sizes)
-    for prefix, how, _ in parts.values():
-        if how == "full":
-            model.get_submodule(prefix.rstrip(".")).requires_grad_(True)
-    model.lm_head.requires_grad_(cfg.language == "full")
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sizes = dict(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout, dtype=DTYPES[cfg.adapter_dtype])
+    trained = train_parts(model, how, targets=cfg.targets, **sizes)
+    trainable = {name: p for part in trained.values() for name, p in part.items()}
     say(f"training {sum(p.numel() for p in trainable.values()):,} of {count(model):,} parameters")
-    groups = []
-    for part, (prefix, _, lr) in parts.items():
-        own = {n: p for n, p in trainable.items() if n.startswith(prefix) or (part == "language" and "lm_head" in n)}
-        groups.append({"params": own, "lr_ratio": (cfg.lr if lr is None else lr) / cfg.lr})
+    rates = {"vision": cfg.vision_lr, "projector": cfg.projector_lr, "language": cfg.language_lr}
+    groups = [
+        {"params": parameters, "lr_ratio": 1.0 if rates[part] is None else rates[part] / cfg.lr}
+        for part, parameters in trained.items()
+    ]
 
     # -----------------------------------------------------------------------------------------------------------------
     # 6 Memory plan and compile
@@ -282,9 +267,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     autocast = nullcontext()  # every layer already computes in the weights' dtype
     measures |= dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward)
     plan = plan_memory(language, cfg.activations, **measures, tokens=cfg.batch_size * seq_len, dtype=dtype)
-    plan["vision"] = sum(
-        storage_bytes(p) for p in (*vision.parameters(), *model.model.multi_modal_projector.parameters())
-    )
+    plan["vision"] = sum(storage_bytes(p) for p in (*vision.parameters(), *trained["projector"].values()))
     say(describe_memory(plan))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -319,7 +302,7 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     chat_template = template.source if dataset.report.chat_rows else None
 
-    in_full = any(how == "full" for _, how, _ in parts.values())
+    in_full = "full" in how.values()
 
     def save_result() -> None:
         with atomic_folder(run.model if in_full else run.adapter) as target:
