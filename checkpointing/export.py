@@ -6,6 +6,7 @@ Tensors are written one at a time, so exporting needs no second copy of the mode
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,11 +24,11 @@ def save_model(folder: Path, model: nn.Module, *, config: dict, source: Path, ch
     A tied head is written once. Write into an `atomic_folder`.
     """
     layout = model.layouts[0] if model.layout is None else model.layout
-    plain = plain_parameters(model)
+    weights = WeightFiles(source) if model.layout is not None else None
+    plain = plain_parameters(model, None if weights is None else lambda name: weights.read(on_disk(name, layout)))
     specs = [(on_disk(name, layout), tuple(like.shape), like.dtype) for name, (like, _) in plain.items()]
     reads = {on_disk(name, layout): read for name, (_, read) in plain.items()}
-    if model.unread and model.layout is not None:  # the half that was not loaded goes along as it was
-        weights = WeightFiles(source)
+    if model.unread and weights is not None:  # the half that was not loaded goes along as it was
         rest = {name: weights.read(name) for name in weights.names() if matches(name, model.unread)}
         specs += specs_of(rest)
         reads |= {name: (lambda tensor=tensor: tensor) for name, tensor in rest.items()}
@@ -35,10 +36,14 @@ def save_model(folder: Path, model: nn.Module, *, config: dict, source: Path, ch
     write_companions(folder, config, source, dtype=specs[0][2], chat_template=chat_template)
 
 
-def plain_parameters(model: nn.Module) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+def plain_parameters(
+    model: nn.Module, original: Callable[[str], Tensor] | None
+) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
     """Each parameter that the model would have without adapters and quantisation: one like it, and how to make it.
 
-    Adapters are merged, 4-bit weights dense; one at a time, when asked for. Second names of tied ones are left out.
+    Adapters are merged into what they were trained on. 4-bit weights without one are frozen: `original(name)` reads
+    them where they came from; without it they are what they were rounded to. One at a time, when asked for. Second
+    names of tied ones are left out.
     """
     layers = dict(model.named_modules())
     plain = {}
@@ -50,7 +55,9 @@ def plain_parameters(model: nn.Module) -> dict[str, tuple[Tensor, Callable[[], T
         if hasattr(layer, "merged") and leaf == "weight":
             plain[name] = parameter, (lambda layer=layer: layer.merged().weight)
         elif hasattr(layer, "dense_weight") and leaf == "weight":
-            plain[name] = parameter, layer.dense_weight
+            dtype = parameter.dtype
+            read = partial(original, name) if original else layer.dense_weight
+            plain[name] = parameter, (lambda read=read, dtype=dtype: read().to(dtype))
         else:
             plain[name] = parameter, (lambda parameter=parameter: parameter)
     return plain

@@ -111,6 +111,14 @@ class Projector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(self.activation(self.linear_1(x)))
 
+    @torch.no_grad()
+    def init_weights(self, scale: float, generator: torch.Generator | None = None) -> None:
+        """N(0, scale), zero biases."""
+        for layer in (self.linear_1, self.linear_2):
+            layer.weight.normal_(0.0, scale, generator=generator)
+            if layer.bias is not None:
+                layer.bias.zero_()
+
 
 class LlavaModel(nn.Module):
     """The three parts, up to the Llama's last norm."""
@@ -201,10 +209,7 @@ class LlavaForConditionalGeneration(nn.Module):
         """Start from scratch: each tower as its family does, the projector as the Llama."""
         self.vision_tower.init_weights(generator)
         self.language_model.init_weights(generator)
-        for layer in (self.model.multi_modal_projector.linear_1, self.model.multi_modal_projector.linear_2):
-            layer.weight.normal_(0.0, self.config.text.initializer_range, generator=generator)
-            if layer.bias is not None:
-                layer.bias.zero_()
+        self.model.multi_modal_projector.init_weights(self.config.text.initializer_range, generator)
 
     # Where checkpoints keep these parameters: our prefix → theirs. A model without a checkpoint is saved in the first.
     _LLAMA_INSIDE = {"lm_head.": "language_model.lm_head.", "model.language_model.": "language_model.model."}

@@ -354,7 +354,8 @@ def train(cfg: Config, run: RunFolder) -> None:
                 hidden = model(batch.input_ids, batch.layout, images=batch.images)
                 loss = linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index) / tokens
             del hidden  # backward frees what it has used, unless a name still holds it
-            scaler.scale(loss).backward()
+            if loss.requires_grad:  # where only what sees is trained, rows without an image teach nothing
+                scaler.scale(loss).backward()
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
         if norm_of_backward:

@@ -211,3 +211,18 @@ def test_bad_images_are_one_clear_line(base, tmp_path, row, message):
 def test_what_cannot_work(base, tmp_path):
     done = train(base, tmp_path / "run", "--language", "frozen", check=False)
     assert done.returncode == 2 and "nothing to train" in done.stderr
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_the_projector_alone(base, tmp_path, quantize):
+    """Only the projector changes, whatever the towers were rounded to while training; stage 2 goes on from there."""
+    run_recipe(
+        "vlm_pretrain_projector",
+        *("--model", base / "base", "--data", base / "rows.jsonl", "--output", tmp_path / "run", "--device", "cpu"),
+        *("--batch-size", "2", "--max-steps", "4", "--init-projector", "--quantize", quantize, "--lr", "1e-2"),
+    )
+    before = HFLlava.from_pretrained(base / "base").state_dict()
+    after = HFLlava.from_pretrained(tmp_path / "run/model").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "multi_modal_projector" in name}
+    train(base, tmp_path / "next", "--model", tmp_path / "run/model", steps=1)

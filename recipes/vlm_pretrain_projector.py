@@ -1,0 +1,370 @@
+"""LLaVA's first stage (arXiv:2304.08485, Sec. 4.2): train the projector between two frozen towers.
+
+    python recipes/vlm_pretrain_projector.py --model LLAVA --data captions.jsonl --output runs/p --init-projector
+
+The two towers know images and words, but not each other; some hundred thousand captions teach the projector to say an
+image in the language model's words. The result, OUTPUT/model, is a Hugging Face folder, where vlm_finetune.py goes on.
+"""
+
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+
+import torch
+import tyro
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from checkpointing.atomic import atomic_folder
+from checkpointing.errors import clear_errors, say
+from checkpointing.export import save_model
+from checkpointing.loggers import open_loggers
+from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
+from checkpointing.run_folder import RunFolder
+from checkpointing.training_state import load_training_state, save_training_state
+from data.batches import Batches, fit_seq_len
+from data.chat_templates import load_chat_template, stop_token_ids
+from data.dataset import load_dataset
+from data.images import load_image_processor
+from data.tokenizers import load_tokenizer
+from models import build_model
+from models.llava import LlavaForConditionalGeneration
+from modules.activations import keep_activations
+from modules.attention import choose_attention, describe_attention, use_attention
+from modules.compile import enable_compile
+from modules.device import describe_device, make_deterministic, peak_memory_gib, pick_device, pick_dtype
+from modules.evaluation import evaluate_loss, sample_completion
+from modules.loss import linear_cross_entropy
+from modules.memory import describe_memory, plan_memory, storage_bytes
+from modules.optim import build_optimizer, learning_rate
+from modules.step_in_backward import step_in_backward
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1 Config
+
+
+@dataclass
+class Config:
+    model: str
+    """Checkpoint folder, or a Hub id such as meta-llama/Llama-3.2-1B."""
+    data: Path
+    """Training rows: JSON Lines or a JSON array; image files are named relative to it."""
+    output: Path
+    """Folder for everything this run writes."""
+    eval_data: Path | None = None
+    """Held-out rows for the evaluation loss."""
+    image_root: Path | None = None
+    """Folder that image files are named relative to, and may not lie outside of; default: the data file's."""
+    skip_bad_rows: bool = False
+    """Leave rows out whose image is missing or broken, and say how many; otherwise they are an error."""
+    image_workers: int | None = None
+    """Threads that decode images ahead of the training; default: one per processor, at most 8."""
+    prompt_field: str | None = None
+    """Column to use as the prompt, with --completion-field."""
+    completion_field: str | None = None
+    """Column to use as the completion, with --prompt-field."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens are trained: all assistant turns (completions), the last one, or everything."""
+    chat_format: str = "auto"
+    """Chat template: auto (the checkpoint's own), llava, vicuna, llama2, llama3, chatml or a .jinja file."""
+    on_special_content: Literal["keep", "error"] = "keep"
+    """What to do with rows whose own text contains special tokens."""
+    seq_len: int | None = None
+    """Rows are cut (packs filled) to this many tokens; default: 2048, or what the model has if that is less."""
+    packing: bool = False
+    """Put several rows into one sequence; they do not see each other."""
+    shuffle: bool = True
+    """Draw a new order every epoch."""
+    epochs: int = 1
+    """Passes over the data."""
+    max_steps: int | None = None
+    """End after this many optimizer steps at the latest; 0 saves the initial state."""
+    batch_size: int = 1
+    """Rows (packs) per micro-batch."""
+    grad_accum: int = 1
+    """Micro-batches per optimizer step."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """What the learning rate does after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0: never."""
+    init_projector: bool = False
+    """Begin with a random projector instead of the checkpoint's."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Keep both towers' linear layers in 4 bits while training; the result has the checkpoint's own."""
+    activations: Literal["none", "fast", "lean", "offload"] = "lean"
+    """What a block keeps for backward: everything, what is dear to recompute, its input, its input in host memory."""
+    activations_every: int = 1
+    """With lean and offload: only every k-th block; the others are kept as with fast."""
+    activations_gib: float = 0.0
+    """With lean and offload: as many of the last blocks as fit into this memory are kept as with fast."""
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-host"] = "adamw"
+    """AdamW with its moments in float32, in 8 bits, or in host memory."""
+    step_in_backward: bool = False
+    """Update each weight as soon as its gradient is complete, and free the gradient; needs --max-grad-norm 0."""
+    compile: bool = torch.cuda.is_available()
+    """Use torch.compile; default: where there is a CUDA device, whose compiler pays for its start-up."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 …"""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of weights and activations; auto: bfloat16 or float16 on a GPU, float32 on the CPU."""
+    deterministic: bool = False
+    """On CUDA: only kernels that give the same bits every time (slower)."""
+    seed: int = 0
+    """Seed of everything random."""
+    eval_every: int | None = None
+    """Evaluate every this many steps; default: at the end only."""
+    save_every: int = 500
+    """Save a resumable checkpoint every this many steps, and at the end; 0: only when interrupted."""
+    keep_last: int = 2
+    """How many of those checkpoints to keep."""
+    resume: bool = False
+    """Continue the run in --output from its last checkpoint."""
+    tensorboard: bool = False
+    """Also log to OUTPUT/tensorboard (pip install -e ".[loggers]")."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project."""
+
+
+def main(cfg: Config) -> None:
+    # -----------------------------------------------------------------------------------------------------------------
+    # 2 Setup
+    with RunFolder.open(cfg.output, cfg, script=__file__, resume=cfg.resume) as run:
+        if run.finished:
+            say(f"{cfg.output} is finished: nothing to resume")
+            return
+        train(cfg, run)
+
+
+def train(cfg: Config, run: RunFolder) -> None:
+    begun = time.perf_counter()
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(cfg.dtype, device)
+    torch.manual_seed(cfg.seed)
+    make_deterministic(cfg.deterministic)
+    enable_compile(cfg.compile)
+    say(describe_device(device, dtype))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 3 Tokenizer and data
+    folder = find_checkpoint(cfg.model)
+    config = read_config(folder)
+    model = build_model(config)  # on the meta device: shapes only
+    seq_len = fit_seq_len(cfg.seq_len, model.config.max_length)
+    if not isinstance(model, LlavaForConditionalGeneration):
+        raise ValueError(f"{folder} holds a {type(model).__name__}: a model that sees needs architecture LLaVA")
+    tokenizer = load_tokenizer(folder)
+    template = load_chat_template(folder, tokenizer, cfg.chat_format, now=run.started)
+    rows = dict(
+        seq_len=seq_len,
+        train_on=cfg.train_on,
+        prompt_field=cfg.prompt_field,
+        completion_field=cfg.completion_field,
+        on_special_content=cfg.on_special_content,
+        image_processor=load_image_processor(folder, config),
+        image_root=cfg.image_root,
+        skip_bad_rows=cfg.skip_bad_rows,
+    )
+    dataset = load_dataset(cfg.data, tokenizer, template, **rows)
+    eval_dataset = load_dataset(cfg.eval_data, tokenizer, template, **rows) if cfg.eval_data else None
+    for loaded in filter(None, (dataset, eval_dataset)):
+        loaded.check_vocabulary(model.config.vocab_size)
+        for line in loaded.report.lines():
+            say(line)
+    # Few different lengths on CUDA, where each one may cost a compilation.
+    common = dict(pad_multiple=1 if device.type == "cpu" else 64, image_workers=cfg.image_workers)
+    batches = Batches(
+        dataset,
+        batch_size=cfg.batch_size,
+        grad_accum=cfg.grad_accum,
+        packing=cfg.packing,
+        seq_len=seq_len,
+        shuffle=cfg.shuffle,
+        seed=cfg.seed,
+        **common,
+    )
+    eval_batches = Batches(eval_dataset, batch_size=cfg.batch_size, **common) if eval_dataset else None
+    total_steps = batches.total_steps(cfg.epochs, cfg.max_steps)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 4 Model and weights
+    weights = WeightFiles(folder)
+    if dtype == torch.float16:
+        raise ValueError("float16 cannot hold an Adam step of weights trained in full: use --dtype bfloat16 or float32")
+    if cfg.quantize == "nf4":
+        from modules.nf4 import quantize_nf4  # torchao takes seconds to import
+
+        quantize_nf4(model)  # still on the meta device: each weight is quantised as it arrives
+    load_weights(model, weights, device=device, dtype=dtype)
+    projector = model.model.multi_modal_projector
+    if cfg.init_projector:
+        projector.init_weights(model.config.text.initializer_range)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 5 Adapters / quantisation
+    model.requires_grad_(False)
+    projector.requires_grad_(True)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    say(f"training {sum(p.numel() for p in trainable.values()):,} of {count(model):,} parameters")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 6 Memory plan and compile
+    language, vision = model.language_model, model.vision_tower
+    attention = "default"
+    if not cfg.packing:  # packed documents have one kernel
+        attention = choose_attention(language.config, device, dtype, batch=cfg.batch_size, length=seq_len)
+    say(describe_attention(device, dtype, cfg.packing, attention))
+    measures = dict(every=cfg.activations_every, budget=cfg.activations_gib * 2**30)
+    keep_activations(language, cfg.activations, **measures, compile=cfg.compile)
+    keep_activations(vision, "none", compile=cfg.compile)  # nothing in it or before it is trained
+    autocast = nullcontext()  # every layer already computes in the weights' dtype
+    measures |= dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward)
+    plan = plan_memory(language, cfg.activations, **measures, tokens=cfg.batch_size * seq_len, dtype=dtype)
+    plan["vision"] = sum(storage_bytes(p) for p in (*vision.parameters(), *projector.parameters()))
+    say(describe_memory(plan))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 7 Optimizer and schedule
+    if cfg.max_grad_norm < 0:
+        raise ValueError(f"--max-grad-norm {cfg.max_grad_norm} is negative; 0 leaves gradients as they are")
+    optimizer = build_optimizer(cfg.optimizer, trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    norm_of_backward = None
+    if cfg.step_in_backward:
+        limits = dict(grad_accum=cfg.grad_accum, max_grad_norm=cfg.max_grad_norm, dtype=dtype)
+        norm_of_backward = step_in_backward(optimizer, **limits)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 8 Resume
+    progress = {"step": 0, "epoch": 0, "step_in_epoch": 0}
+    identity = {"weights": weights.fingerprint(), "data": dataset.fingerprint}
+    if checkpoint := run.latest_checkpoint():
+        progress = load_training_state(checkpoint, parameters=trainable, optimizer=optimizer, scaler=scaler)
+        run.check_resumable(progress.pop("config"), identity, progress.pop("identity"))
+        use_attention(attention := progress.pop("attention"))  # as measured when the run began
+        say(f"resuming after step {progress['step']}")
+    run.cut_metrics(progress["step"])
+    run.prune(cfg.keep_last)
+
+    def save_checkpoint() -> None:
+        state = progress | {"config": asdict(cfg), "identity": identity, "attention": attention}
+        path = run.checkpoints / f"step-{progress['step']}"
+        save_training_state(path, parameters=trainable, optimizer=optimizer, progress=state, scaler=scaler)
+        run.prune(cfg.keep_last)
+        run.draw()
+
+    chat_template = template.source if dataset.report.chat_rows else None
+
+    def save_result() -> None:
+        with atomic_folder(run.model) as target:
+            save_model(target, model, config=config, source=folder, chat_template=chat_template)
+
+    run.rehearse(save_result)  # a save that cannot work fails now, not after the training
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 9 Training loop
+    loggers = open_loggers(cfg, run.path, progress["step"])
+    stop_ids = stop_token_ids(folder, tokenizer, template)
+    bar = tqdm(total=total_steps, initial=progress["step"], unit="step", disable=None)
+
+    def evaluate() -> None:
+        with autocast:
+            loss, _ = evaluate_loss(model, eval_batches.one_epoch(), device, dtype)
+        loggers.log({"step": progress["step"], "eval_loss": loss})
+        run.log({"step": progress["step"], "eval_loss": loss})
+        sample = sample_completion(model, eval_dataset, tokenizer, stop_ids)
+        said = f"{sample['prompt'][-40:]!r} → {sample['completion']!r}"
+        tqdm.write(f"step {progress['step']}: evaluation loss {loss:.4f}; {said}", file=sys.stderr)
+        run.draw()
+
+    model.train()
+    first = progress["step"] + 1
+    for epoch, step_in_epoch, micro_batches in batches.steps(progress["epoch"], progress["step_in_epoch"]):
+        if progress["step"] >= total_steps or run.stop_requested:
+            break
+        started = time.perf_counter()
+        lr = learning_rate(
+            progress["step"],
+            peak=cfg.lr,
+            schedule=cfg.schedule,
+            warmup_steps=cfg.warmup_steps,
+            total_steps=total_steps,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        tokens = sum(batch.target_tokens for batch in micro_batches)
+        step_loss = torch.zeros((), device=device)
+        for batch in micro_batches:
+            batch = batch.to(device, dtype)
+            with autocast:
+                # hidden [B, T, D]; targets [N] stand at the flat positions target_index [N]. For a loss of your own:
+                # logits = model.logits(hidden.flatten(0, 1)[batch.target_index]) [N, V] are what they belong to.
+                hidden = model(batch.input_ids, batch.layout, images=batch.images)
+                loss = linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index) / tokens
+            del hidden  # backward frees what it has used, unless a name still holds it
+            if loss.requires_grad:  # where only what sees is trained, rows without an image teach nothing
+                scaler.scale(loss).backward()
+            step_loss += loss.detach()
+        scaler.unscale_(optimizer)
+        if norm_of_backward:
+            grad_norm = norm_of_backward()
+        else:
+            grad_norm = clip_grad_norm_(trainable.values(), cfg.max_grad_norm or float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        progress = {"step": progress["step"] + 1, "epoch": epoch, "step_in_epoch": step_in_epoch + 1}
+
+        row = {"step": progress["step"], "loss": step_loss.item(), "lr": lr, "grad_norm": grad_norm.item()}
+        seconds = time.perf_counter() - started  # after .item(): the device has finished
+        row |= {"tokens": tokens, "tokens_per_second": tokens / seconds}
+        row |= {"peak_memory_gib": peak_memory_gib(device), "seconds": seconds}
+        run.log(row)
+        loggers.log(row)
+        if progress["step"] == first:
+            waited = f"first step done after {time.perf_counter() - begun:.1f} s, {seconds:.1f} s of them its own"
+            tqdm.write(waited, file=sys.stderr)
+        bar.update()
+        bar.set_postfix_str(
+            f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"
+        )
+        due = cfg.eval_every and progress["step"] % cfg.eval_every == 0
+        if eval_batches and (due or progress["step"] == total_steps):
+            evaluate()
+        if cfg.save_every and progress["step"] % cfg.save_every == 0:
+            save_checkpoint()
+    if eval_batches and total_steps == 0:
+        evaluate()
+    bar.close()
+    loggers.close()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # 10 Save
+    if progress["step"] < total_steps:  # Ctrl-C or SIGTERM
+        save_checkpoint()
+        say(f"stopped after step {progress['step']} of {total_steps}; go on with --resume")
+        return
+    if cfg.save_every and (total_steps == 0 or total_steps % cfg.save_every):
+        save_checkpoint()  # so that --resume can go on with more --max-steps or --epochs
+    save_result()
+    run.finish()
+    say(f"peak memory {peak_memory_gib(device):.2f} GiB; model in {run.model}")
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main(tyro.cli(Config))
