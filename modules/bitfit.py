@@ -8,8 +8,8 @@ sizes: 43 thousand numbers, 1.4 million for the 32 blocks of Llama 3 8B, a thirt
 
 A bias moves all tokens alike; it cannot make the model look at other inputs. The paper finds it level with full
 fine-tuning on small data sets and behind it on large ones. Backward is as cheap as it gets: no weight's gradient, and
-b' needs no input kept, only the sum of dy over tokens. Merging is exact: b + b' (for a Llama then saved, `attention_bias`
-and `mlp_bias` in its config.json must be true).
+b' needs no input kept, only the sum of dy over tokens. Merging is exact: b + b' (of a Llama saved with biases,
+`attention_bias` and `mlp_bias` in config.json must be true).
 
 PEFT has no BitFit, but has LoRA whose B carries a bias, y = W x + s · (B (A x) + b'). With r = 1, s = 1, A = 0 and
 B = 0 that is BitFit, and since the gradients of A and B are then 0, too, it trains as BitFit. So this is the format on
@@ -19,7 +19,7 @@ disk: PEFT opens it, at the price of in + out zeros per layer.
 import torch
 from torch import Tensor, nn
 
-from modules.adapter_parts import FrozenLinear, fill, find_saved, find_targets, replace_modules, tensors_of
+from modules.adapter_parts import FrozenLinear, fill, find_saved, find_targets, replace_modules
 from modules.lora import ALL_LINEAR
 from modules.methods import Options
 from modules.peft_names import PREFIX, target_modules

@@ -3,8 +3,8 @@
     y = w' ⊙ x / rms(x)          w' [D], starts as the base model's w
 
 All that is learned is how strongly each of the D features enters a block's attention, its feed-forward and the head.
-In Llama these are 2 norms per block and the last one, (2 L + 1) · D numbers: 266 thousand in Llama 3 8B, the fewest of
-all methods here. Use it to move a model to another domain or modality cheaply (the paper turns text models into
+In Llama these are 2 norms per block and the last one, (2 L + 1) · D numbers: 266 thousand in Llama 3 8B, among the
+fewest of all methods. Use it to move a model to another domain or modality cheaply (the paper turns text models into
 multi-modal ones); it teaches few facts. Gradients still flow through every block: it saves memory for optimizer states,
 not for activations.
 
@@ -29,7 +29,7 @@ class TunedNorm(RMSNorm):
 
     def __init__(self, base: RMSNorm, dtype: torch.dtype):
         nn.Module.__init__(self)
-        self.weight, self.eps = base.weight.requires_grad_(False), base.eps
+        self.weight, self.eps = base.weight, base.eps
         self.ln_tuning_layers = RMSNorm(base.weight.shape[0], base.eps)
         self.ln_tuning_layers.weight = nn.Parameter(base.weight.detach().to(dtype, copy=True))
         self.train(base.training)

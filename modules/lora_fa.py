@@ -16,6 +16,8 @@ which `prepare_optimizer` applies before every step. A never changes, so (A Aᵀ
 LoraFAOptimizer does the same with a bfloat16 product and Adam's ε at 1e-6, outside the bias correction.)
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,13 @@ export = lora_peft.export
 
 
 def add(model: nn.Module, options: Options) -> list[str]:
+    """LoRA's start, but A follows from the run's seed alone: it is in no checkpoint, a resumed run draws it again."""
     names = lora_peft.add(model, options)
+    generator = torch.Generator().manual_seed(torch.initial_seed())
+    for layer in lora_layers(model).values():
+        A = nn.init.kaiming_uniform_(torch.empty(layer.lora_A.weight.shape), a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            layer.lora_A.weight.copy_(A)
     freeze_A(model)
     return names
 

@@ -5,7 +5,7 @@ With W = Q R, Q [out, in] of orthonormal columns, R [in, in] upper triangular, a
     B = Q[:r]  [out, r]        A = R[:r]  [r, in]        W_res = W - s · B A  is frozen        s = α/r
     y = W_res x + s · B A x    at the start: W x, up to rounding
 
-The same idea as PiSSA (modules/pissa.py), with a QR instead of an SVD: ten times cheaper, well-conditioned B, but
+The same idea as PiSSA (modules/pissa.py), with a QR instead of an SVD: several times cheaper, orthonormal B, but
 which directions are trained depends on the order of W's columns, not on their weight. Shapes and parameter count are
 LoRA's. Use it where PiSSA's start takes too long. It is saved like PiSSA, as a plain LoRA of rank 2 r.
 """

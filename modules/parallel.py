@@ -3,9 +3,9 @@
     y = x' + feed_forward(n) + s · (W_up relu(W_down n + b_down) + b_up)        n = norm(x'),  s = α/r
 
 The adapter (modules/bottleneck.py) reads what the feed-forward reads, and their outputs add up: it is a second, small
-feed-forward with weights of its own, and LoRA's form of update (α/r) · B A n with a ReLU between A and B. In the paper's
-comparison this place beats the one behind a sub-layer (Houlsby, Pfeiffer) at every size, and the feed-forward makes
-better use of a large bottleneck than attention does.
+feed-forward with weights of its own, and LoRA's form of update (α/r) · B A n with a ReLU between A and B. In the
+paper's comparison this place beats the one behind a sub-layer (Houlsby, Pfeiffer), and the feed-forward makes better
+use of a large bottleneck than attention does.
 
 2 r D + r + D numbers per block, 4.3 million in Llama 3 8B for r = 16. The scale matters here as in LoRA: the paper
 tunes s and uses 4, which is `--alpha` four times `--rank`. Not mergeable, but it need not wait for the feed-forward.

@@ -1,10 +1,10 @@
-"""Pfeiffer adapters: one bottleneck per block, behind the feed-forward (arXiv:2005.00247, Sec. 4 and App. A).
+"""Pfeiffer adapters: one bottleneck per block, behind the feed-forward (arXiv:2005.00247).
 
     x' = x + attention(norm(x))        y = x' + A(feed_forward(norm(x')))        A(h) = h + adapter(h)
 
-with adapter(h) = W_up relu(W_down h + b_down) + b_up (modules/bottleneck.py). It is Houlsby's design (modules/houlsby.py)
-after a search over where adapters may stand: the one behind attention adds little, so it is left out, and the other
-can be larger or the whole twice as cheap: 2 r D + r + D numbers per block, 4.3 million in Llama 3 8B for r = 16.
+with adapter(h) = W_up relu(W_down h + b_down) + b_up (modules/bottleneck.py). It is Houlsby's design after a search
+over where adapters may stand: the one behind attention adds little, so it is left out, which halves the cost or pays
+for a larger r. 2 r D + r + D numbers per block, 4.3 million in Llama 3 8B for r = 16.
 
 (In BERT, whose norms stand behind the sub-layers, the adapter reads the sum x' + feed_forward(x') after its norm, with
 the feed-forward's output as its skip connection. Llama's norms stand before the sub-layers; reading the feed-forward's

@@ -6,7 +6,7 @@ takes (Eq. 2):
     y = W x + b ⊙ B (d ⊙ A x)        A [r, in], B [out, r] shared;  d [r] starts at 0.1, b [out] at 0
 
 Layers of different sizes take the first columns of A and the first rows of B. A layer trains r + out numbers: for a
-4096 × 4096 layer and r = 256 that is 4 thousand, where LoRA at r = 16 has 131 thousand; an 8B model's adapter is 5 MB,
+4096 × 4096 layer and r = 256 that is 4 thousand, where LoRA at r = 16 has 131 thousand; an 8B model's adapter is 6 MB,
 and A and B need not be stored, since they follow from a seed. For many adapters on one base. It computes as much as
 LoRA of the same rank, wants a high one (256) and a learning rate some ten times LoRA's.
 """
@@ -27,7 +27,7 @@ D_START = 0.1
 
 
 class VeRALinear(FrozenLinear):
-    """A frozen linear layer with trained scales; its `vera_A` and `vera_B`, from `share`, are views of the shared ones."""
+    """A frozen linear layer with trained scales; its `vera_A` and `vera_B` (from `share`) are views of the shared."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype):
         super().__init__(base)

@@ -241,6 +241,8 @@ def train(cfg: Config, run: RunFolder) -> None:
     sizes = dict(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout, targets=cfg.targets)
     start = dict(dtype=DTYPES[cfg.adapter_dtype], quantize=quantized, batches=first_batches)
     add_method(model, cfg.method, Options(**sizes, **start))
+    if quantized and needs_dense:
+        quantize_nf4(model)  # what has no adapter
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = method.parameter_groups(trainable, cfg.lr) if hasattr(method, "parameter_groups") else None
     say(f"training {sum(p.numel() for p in trainable.values()):,} of {count(model):,} parameters")
@@ -266,6 +268,8 @@ def train(cfg: Config, run: RunFolder) -> None:
     if cfg.max_grad_norm < 0:
         raise ValueError(f"--max-grad-norm {cfg.max_grad_norm} is negative; 0 leaves gradients as they are")
     optimizer = build_optimizer(cfg.optimizer, trainable, lr=cfg.lr, weight_decay=cfg.weight_decay, groups=groups)
+    if hasattr(method, "prepare_optimizer"):
+        method.prepare_optimizer(model, optimizer)
     norm_of_backward = None
     if cfg.step_in_backward:
         limits = dict(grad_accum=cfg.grad_accum, max_grad_norm=cfg.max_grad_norm, dtype=dtype)

@@ -10,7 +10,7 @@ from torch import nn
 from checkpointing.adapters import load_adapter, read_folder, save_adapter
 from modules.methods import Options, add_method
 from tests.models.test_llama import load, make_pair
-from tests.modules.peft_methods import adamw, logits, train, trained
+from tests.modules.peft_methods import adamw, ids, logits, train, trained
 
 # Which modules' outputs the adapter is added to, whether it reads that output or the module's input, its
 # non-linearity and, for r = 4 and α = 6, its scale.
@@ -88,10 +88,8 @@ def test_folder_round_trip(tmp_path, method):
     changed = load_adapter(fresh, tmp_path / "adapter")
     assert changed == read_folder(tmp_path / "adapter")[0]["target_modules"]
     assert fresh.method == method and torch.equal(logits(fresh), logits(ours))
-    fresh = load(tmp_path / "base")
-    train(ours, adamw(ours, 1e-2), steps=1)
-    load_adapter(fresh, tmp_path / "adapter")
-    assert not torch.equal(logits(fresh), logits(ours))
+    assert torch.equal(fresh.train()(ids()), fresh.eval()(ids()))  # like a LoRA, it is read without dropout
+    assert trained(fresh).keys() == trained(ours).keys()
 
 
 @pytest.mark.parametrize("method", FORMULAS)
@@ -99,11 +97,10 @@ def test_dropout_only_while_training(tmp_path, method):
     _, ours = make_pair(tmp_path)
     add_method(ours, method, Options(rank=4, dropout=0.5))
     randomise(ours)
-    ids = torch.arange(20)[None]
     ours.train()
-    assert not torch.equal(ours(ids), ours(ids))
+    assert not torch.equal(ours(ids()), ours(ids()))
     ours.eval()
-    assert torch.equal(ours(ids), ours(ids))
+    assert torch.equal(ours(ids()), ours(ids()))
 
 
 def test_some_blocks_only(tmp_path):
@@ -126,7 +123,7 @@ def test_mistakes_are_explained(tmp_path):
     save_adapter(tmp_path / "adapter", other, base="other")
     with pytest.raises(ValueError, match=r"layers.2.mlp.down_proj \(no such Linear"):
         load_adapter(ours, tmp_path / "adapter")
-    config = (tmp_path / "adapter/adapter_config.json").read_text()
-    (tmp_path / "adapter/adapter_config.json").write_text(config.replace('"bottleneck_size": 4', '"bottleneck_size": 5'))
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(path.read_text().replace('"bottleneck_size": 4', '"bottleneck_size": 5'))
     with pytest.raises(ValueError, match=r"is \(4, 48\), expected \(5, 48\)"):
-        load_adapter(other := load(tmp_path / "other"), tmp_path / "adapter")
+        load_adapter(load(tmp_path / "other"), tmp_path / "adapter")

@@ -69,6 +69,18 @@ def test_follows_peft(tmp_path):
     assert_follows_peft(tmp_path, config(init_lora_weights="eva", **ranks), method="eva")
 
 
+def test_the_start_follows_from_the_batches_alone(tmp_path):
+    """The SVD is randomised; a resumed run must find the same ranks whatever it has drawn before."""
+    starts = []
+    for seed in (1, 2):
+        _, ours = make_pair(tmp_path)
+        torch.manual_seed(seed)
+        add_method(ours, "eva", Options(rank=4, targets=TARGETS, batches=batches([1, 2])))
+        starts.append({name: layer.lora_A.weight for name, layer in lora_layers(ours).items()})
+    assert starts[0].keys() == starts[1].keys()
+    assert all(torch.equal(A, starts[1][name]) for name, A in starts[0].items())
+
+
 def test_needs_batches(tmp_path):
     _, ours = make_pair(tmp_path)
     with pytest.raises(ValueError, match="needs options.batches"):

@@ -36,10 +36,13 @@ def test_error_falls(tmp_path):
 def test_model_is_closer_to_the_base_than_qlora(tmp_path):
     _, ours = make_pair(tmp_path)
     base, qlora = logits(ours), load(tmp_path)
+    originals = {name: m.weight for name, m in ours.named_modules() if isinstance(m, torch.nn.Linear)}
     quantize_nf4(qlora)
     add_method(ours, "loftq", Options(rank=16, alpha=8.0, quantize=NF4Linear))
     for name, layer in lora_layers(ours).items():
         assert torch.equal(layer.weight.quantized_data, qlora.get_submodule(name).weight.quantized_data)
+        _, A, B = loftq(originals[name], 16, NF4Linear)
+        torch.testing.assert_close(layer.delta(), B @ A, rtol=1e-4, atol=1e-6)
     assert (logits(ours) - base).norm() < 0.8 * (logits(qlora) - base).norm()
 
 

@@ -8,6 +8,7 @@ from data.batches import Batch
 from modules.activations import keep_activations
 from modules.attention import padded_layout
 from modules.lora import merge_lora
+from modules.lora_block import disagreement, why_not
 from modules.methods import Options, add_method, find_method
 from modules.nf4 import NF4Linear, quantize_nf4
 from modules.optim import build_optimizer
@@ -17,7 +18,7 @@ from tests.modules.peft_methods import ids, logits, loss_of, train, trained
 FAMILY = ("lora", "rslora", "dora", "lora-plus", "lora-fa", "pissa", "olora", "vera", "loftq", "eva")
 
 
-def make(folder, name, *, nf4=False, **options):
+def make(folder, name, *, nf4=False, drawn=0, **options):
     """A tiny model with the method, over NF4 if wanted, as a recipe puts it together."""
     _, model = make_pair(folder, num_attention_heads=4)
     dense_first = getattr(find_method(name), "NEEDS_DENSE", False)
@@ -25,6 +26,7 @@ def make(folder, name, *, nf4=False, **options):
         quantize_nf4(model)
     kind = NF4Linear if nf4 or name == "loftq" else None
     torch.manual_seed(1)
+    torch.rand(drawn)
     add_method(model, name, Options(rank=4, alpha=8.0, quantize=kind, batches=batches(), **options))
     if nf4 and dense_first:
         quantize_nf4(model)
@@ -113,7 +115,7 @@ def test_resumes_bit_for_bit(tmp_path, name):
     train(model, optimizer, steps=3)
     save_training_state(tmp_path / "state", parameters=trained(model), optimizer=optimizer, progress={"step": 3})
     expected = train(model, optimizer, steps=3)
-    again = make(tmp_path / "base", name, dropout=0.1)
+    again = make(tmp_path / "base", name, drawn=7, dropout=0.1)  # only the seed need be the same
     optimizer = optimizer_of(again)
     load_training_state(tmp_path / "state", parameters=trained(again), optimizer=optimizer)
     assert train(again, optimizer, steps=3) == expected
@@ -121,13 +123,26 @@ def test_resumes_bit_for_bit(tmp_path, name):
         assert torch.equal(p, again.get_parameter(key)), key
 
 
-@pytest.mark.parametrize("name", set(FAMILY) - {"loftq"})
+@pytest.mark.parametrize("name", [name for name in FAMILY if name != "loftq"])
 def test_starts_at_the_base(tmp_path, name):
     _, base = make_pair(tmp_path / "again")
     model = make(tmp_path, name)
     exact = name not in ("pissa", "olora")  # W - s · B A + s · B A rounds
     deviation = (logits(model) - logits(base)).abs().max()
     assert deviation == 0 if exact else 0 < deviation < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_by_hand_where_the_layer_computes_what_lora_does(tmp_path, name):
+    """DoRA's and VeRA's blocks are left to the plain modules, by name."""
+    model = make(tmp_path, name)
+    train(model, optimizer_of(model), steps=2)
+    if name == "dora":
+        assert why_not(model) == "self_attn.q_proj is a DoRALinear"
+    elif name == "vera":
+        assert "vera_lambda" in why_not(model)
+    else:
+        assert why_not(model) is None and disagreement(model) is None
 
 
 def test_every_option_reaches_the_layers(tmp_path):
