@@ -7,7 +7,9 @@
 
 Recomputing a block is a third more work (half as much again with LoRA, whose backward skips the frozen weights'
 gradients). With `every` = k only each k-th block goes down to `lean` or `offload`, the others stay `fast`; with
-`budget` as many of the last blocks stay `fast` as that many bytes can hold.
+`budget` as many of the last blocks stay `fast` as that many bytes can hold. With `host_budget` as many of the first
+blocks as that many bytes of host memory can hold send what attention read and returned along with their input, 36 KB
+per token in all: then only the feed-forward's first products are computed again.
 
 Here are the plain ways, with PyTorch's checkpoint around any block. Llama blocks with LoRA can take the hand-written
 one (`modules/lora_block.py`), which keeps and recomputes less.
@@ -36,6 +38,7 @@ def keep_activations(
     *,
     every: int = 1,
     budget: float = 0,
+    host_budget: float = 0,
     fused: bool = False,
     compile: bool = False,
     bind: Callable[[nn.Module], None] | None = None,
@@ -50,26 +53,29 @@ def keep_activations(
         raise ValueError(f"--activations {rung!r} is not one of {', '.join(RUNGS)}")
     if every < 1:
         raise ValueError(f"--activations-every {every} must be at least 1")
-    if budget < 0:
-        raise ValueError("--activations-gib must not be negative")
+    if budget < 0 or host_budget < 0:
+        raise ValueError("--activations-gib and --activations-host-gib must not be negative")
+    if host_budget and (rung != "offload" or not fused):
+        raise ValueError("--activations-host-gib needs --activations offload and the hand-written blocks (--fused)")
     if bind and not fused and (rung in ("none", "fast") or every > 1 or budget):
         raise ValueError(NEEDS_RECOMPUTATION)  # autograd would keep weights that have left the card
     streaming, bind = bind is not None, bind or (lambda block: None)
     offload = ActivationOffload(model.model.norm.weight.device) if rung == "offload" else None
-    hand_written = FusedBlocks(model) if fused else None
+    hand_written = FusedBlocks(model, offload) if fused else None
     index = {id(block): i for i, block in enumerate(model.blocks)}
 
     def rung_of(block: nn.Module, hidden: Tensor) -> str:
         if rung in ("none", "fast"):
             return rung
-        i, bytes_kept = index[id(block)], hidden[..., 0].numel() * kept_per_token(model) * hidden.element_size()
-        return "fast" if i % every or i >= len(index) - budget // bytes_kept else rung
+        i, size = index[id(block)], hidden[..., 0].numel() * hidden.element_size()
+        if i % every or i >= len(index) - budget // (size * kept_per_token(model)):
+            return "fast"
+        return "attention" if i < host_budget // (size * kept_up_to_attention(model)) else rung
 
     def run_hand_written(block: nn.Module, hidden: Tensor, cos, sin, layout, cache=None) -> Tensor:
         if cache is not None:  # generation
             return run_block(block, hidden, cos, sin, layout, cache)
         keep = "fast" if rung == "none" else rung_of(block, hidden)
-        keep = offload if keep == "offload" else keep
         return hand_written.run(block, hidden, cos, sin, layout, keep=keep, bind=bind)
 
     def run_block(block: nn.Module, hidden: Tensor, *inputs) -> Tensor:
@@ -118,9 +124,14 @@ def keep_products(context, operation, *args, **kwargs) -> CheckpointPolicy:
 
 def kept_per_token(model: nn.Module) -> int:
     """Numbers that a Llama block keeps per token at the rung `fast`: x, x', q, k, v, attention's output, gate, up."""
+    return kept_up_to_attention(model) + 2 * model.config.intermediate_size
+
+
+def kept_up_to_attention(model: nn.Module) -> int:
+    """Of these, all but gate and up."""
     config = model.config
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    return 2 * config.hidden_size + heads * config.head_dim + 2 * config.intermediate_size
+    return 2 * config.hidden_size + heads * config.head_dim
 
 
 # Checkpoint saves the block's inputs like any autograd function; hooks around it send the large one away.

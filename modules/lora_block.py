@@ -13,6 +13,7 @@ rank-r products) is one pass over memory away. What is kept is the caller's choi
     fast       those 94 KB: no matrix product is computed a second time
     lean       x: everything up to gate and up is computed again, the product with W_d, whose result nobody needs, not
     offload    x, in host memory
+    attention  x and the 28 KB up to x', in host memory: only gate and up are computed again
 
 The feed-forward runs over tiles of tokens, and attention over groups of heads, so that what is alive inside a block
 grows with neither gate and up (57 KB per token) nor the float32 workspace of attention's backward (32 KB).
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.llama import LlamaBlock
-from modules.activation_offload import ActivationOffload
+from modules.activation_offload import ActivationOffload, saved_for_backward
 from modules.attention import SequenceLayout, attend, padded_layout
 from modules.lora import LoRALinear
 from modules.lora_products import AdapterCopies, GradientSum, Projections
@@ -90,9 +91,13 @@ def disagreement(model: nn.Module, bind: Callable[[nn.Module], None] | None = No
 
 
 class FusedBlocks:
-    """A model's blocks, run by hand. One block, or a forward through all of them in order, is `run`."""
+    """A model's blocks, run by hand. One block, or a forward through all of them in order, is `run`.
 
-    def __init__(self, model: nn.Module):
+    `offload`: where what is to wait in host memory goes.
+    """
+
+    def __init__(self, model: nn.Module, offload: ActivationOffload | None = None):
+        self.offload = offload
         self.blocks = {id(block): BlockLayers(block) for block in model.blocks}
         self.first = model.blocks[0]
         self.copies: AdapterCopies | None = None
@@ -105,13 +110,13 @@ class FusedBlocks:
         sin: Tensor,
         layout: SequenceLayout,
         *,
-        keep: str | ActivationOffload,
+        keep: str,
         bind: Callable[[nn.Module], None],
     ) -> Tensor:
         """`block(hidden, cos, sin, layout)`, [B, T, D] → [B, T, D].
 
-        keep: "fast", "lean" or where the input is to wait. `bind(block)` is called before the block's weights are read,
-        in forward and in backward: weights that are streamed are brought to the card there.
+        keep: "fast", "lean", "offload" or "attention". `bind(block)` is called before the block's weights are read, in
+        forward and in backward: weights that are streamed are brought to the card there.
         """
         if block is self.first:  # the optimizer may have stepped since the last forward
             if self.copies is None:
@@ -119,7 +124,8 @@ class FusedBlocks:
                 self.copies = AdapterCopies(groups, hidden.dtype)
             self.copies.refresh()
         layers = self.blocks[id(block)]
-        return _FusedBlock.apply(hidden, cos, sin, layout, layers, keep, lambda: bind(block), *layers.parameters)
+        how = _How(layout, layers, keep, self.offload, lambda: bind(block))
+        return _FusedBlock.apply(hidden, cos, sin, how, *layers.parameters)
 
 
 class BlockLayers:
@@ -137,34 +143,48 @@ class BlockLayers:
         self.parameters = [p for group in self.groups for p in group.parameters]
 
 
+class _How(NamedTuple):
+    """How a block is run: what its forward and its backward both need to know."""
+
+    layout: SequenceLayout
+    layers: BlockLayers
+    keep: str
+    offload: ActivationOffload | None
+    bind: Callable[[], None]
+
+
 class _FusedBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, cos, sin, layout, layers, keep, bind, *adapters):
-        bind()
-        x = hidden.flatten(0, 1)
-        run = _Pass(layers, hidden, cos, sin, layout)
+    def forward(ctx, hidden, cos, sin, how, *adapters):
+        how.bind()
+        x, trained = hidden.flatten(0, 1), any(ctx.needs_input_grad)
+        run = _Pass(how.layers, hidden, cos, sin, how.layout)
         kept = run.first_half(x)
+        if trained:
+            offloaded = None
+            if how.keep in ("offload", "attention"):  # on its way while the feed-forward is computed
+                offloaded = how.offload.put(x, kept.large() if how.keep == "attention" else ())
+            ctx.call = (cos, sin, how, hidden.shape)
+            ctx.kept = kept if how.keep in ("fast", "attention") else None
+            ctx.offloaded = offloaded
+            ctx.save_for_backward(*([] if offloaded else [x]))
         out = torch.empty_like(x)
         for tile in run.tiles:
             gate_up = run.gate_and_up(kept.x_mid[tile])
-            layers.down.forward(swiglu(*gate_up[:2]), onto=kept.x_mid[tile], out=out[tile])
-            if keep == "fast":
+            how.layers.down.forward(swiglu(*gate_up[:2]), onto=kept.x_mid[tile], out=out[tile])
+            if how.keep == "fast":
                 kept.gate_up.append(gate_up)
             del gate_up
-        if any(ctx.needs_input_grad):
-            ctx.call = (cos, sin, layout, layers, keep, bind, hidden.shape)
-            ctx.kept = kept if keep == "fast" else None
-            ctx.offloaded = keep.put(x) if isinstance(keep, ActivationOffload) else None
-            ctx.save_for_backward(*([] if ctx.offloaded else [x]))
         return out.view(hidden.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        cos, sin, layout, layers, keep, bind, shape = ctx.call
-        bind()
-        x = keep.get(ctx.offloaded) if ctx.offloaded else ctx.saved_tensors[0]
-        run = _Pass(layers, x.view(shape), cos, sin, layout)
+        cos, sin, how, shape = ctx.call
+        layers = how.layers
+        how.bind()
+        x = how.offload.get(ctx.offloaded) if ctx.offloaded else ctx.saved_tensors[0]
+        run = _Pass(layers, x.view(shape), cos, sin, how.layout)
         # What was kept serves one backward and is freed on the way; another one (retain_graph) computes it again.
         kept, ctx.kept = ctx.kept or run.first_half(x), None
         dy, dx_mid, second_half = grad.flatten(0, 1), None, GradientSum(layers.gate_up, layers.down)
@@ -174,11 +194,11 @@ class _FusedBlock(torch.autograd.Function):
             second_half.add(grads)
             dx_mid = _place(dx_mid, dx_tile, tile, len(x))
             del gate_up, dx_tile
-        kept = kept._replace(x_mid=None)
+        kept = kept._replace(x_mid=None, saved=[])
         dx, grads = run.attention_backward(dx_mid, x, kept)
         first_half = GradientSum(layers.qkv, layers.o)
         first_half.add(grads)
-        return dx.view(shape), *[None] * 6, *first_half.sums, *second_half.sums
+        return dx.view(shape), None, None, None, *first_half.sums, *second_half.sums
 
 
 class Kept(NamedTuple):
@@ -189,6 +209,12 @@ class Kept(NamedTuple):
     a_o: Tensor | None
     x_mid: Tensor | None
     gate_up: list[tuple]  # gate, up and a of each tile; empty: to be computed again
+    saved: list[Tensor]  # what attention's graph holds on to
+
+    def large(self) -> list[Tensor]:
+        """What is worth sending away: x', q, k, v, output, and the copies of them that attention may have made."""
+        copies = [t for t in self.saved if t.ndim >= 3 and t.dtype == self.x_mid.dtype]
+        return [self.x_mid, *(t for group in self.heads for t in group), *copies]
 
 
 class _Pass:
@@ -211,13 +237,15 @@ class _Pass:
         q, k, v = (t.view(len(x), -1, layers.head_dim) for t in (q, k, v))
         q, k = rotate(q, k, *self.tables)
         q, k, v = (t.view(self.batch, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))  # [B, N, T, H]
-        heads = []
+        heads, saved = [], []
         with torch.enable_grad():
             for parts in zip(*(t.chunk(self.groups, dim=1) for t in (q, k, v)), strict=True):
                 leaves = [part.detach().requires_grad_() for part in parts]
-                heads.append((*leaves, attend(*leaves, self.layout)))
+                with saved_for_backward() as kept_by_graph:
+                    heads.append((*leaves, attend(*leaves, self.layout)))
+                saved += kept_by_graph
         (x_mid,), a_o = layers.o.forward(_together([out.detach() for _, _, _, out in heads]).flatten(1), onto=x)
-        return Kept(heads, a_qkv, a_o, x_mid, [])
+        return Kept(heads, a_qkv, a_o, x_mid, [], saved)
 
     def attention_backward(self, dx_mid: Tensor, x: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
         """∂x, and the gradients of the adapters of q, k, v and o. Empties `kept.heads` on the way."""

@@ -9,7 +9,7 @@ D model, N query heads, K key/value heads, H head dim, F feed-forward.
 import torch
 from torch import Tensor, nn
 
-from modules.activations import kept_per_token
+from modules.activations import kept_per_token, kept_up_to_attention
 from modules.host_embedding import HostEmbedding
 from modules.lora_block import TILE_BYTES, WORKSPACE_BYTES
 from modules.loss import CHUNK_BYTES
@@ -25,6 +25,7 @@ def plan_memory(
     dtype: torch.dtype,
     every: int = 1,
     budget: float = 0,
+    host_budget: float = 0,
     fused: bool = False,
     optimizer: str = "adamw",
     step_in_backward: bool = False,
@@ -54,6 +55,7 @@ def plan_memory(
     alive = tokens * size * plain  # while a block is computed again
     if fused:
         alive = tokens * size * (5 * D + 3 * heads) + min(tokens * 4 * F * size, TILE_BYTES * 4 // 3)
+        alive += tokens * size * kept_up_to_attention(model) * bool(host_budget)  # of the next block, coming back
         alive += min(8 * tokens * config.num_attention_heads * config.head_dim, WORKSPACE_BYTES)
     quantised = any(hasattr(p, "__tensor_flatten__") for p in parameters.values())
     return {

@@ -62,6 +62,8 @@ class Config:
     """Steps per measurement; the first three are not timed."""
     activations_gib: tuple[float, ...] = ()
     """speed: measure offload also with as many blocks kept as with fast as fit into this memory."""
+    activations_host_gib: float = 0.0
+    """speed: the same, and offload alone, also with this much host memory for what attention made."""
     embedding: Literal["resident", "host"] = "resident"
     """speed: where the input embedding lives (longest and small: always on the host)."""
     quantize_head: bool = False
@@ -123,6 +125,9 @@ def measure_speed(cfg: Config, machine: Machine, results: Results) -> None:
             column = replace(column, embedding=cfg.embedding, quantize_head=head)
         rows = [replace(column, activations=rung) for rung in ("fast", "lean", "offload")]
         rows += [replace(column, activations="offload", activations_gib=gib) for gib in cfg.activations_gib]
+        if cfg.activations_host_gib:
+            offloaded = [row for row in rows if row.activations == "offload"]
+            rows += [replace(row, activations_host_gib=cfg.activations_host_gib) for row in offloaded]
         if column.length == 2048:
             rows += [replace(column, activations=rung, fused=False) for rung in ("none", "fast", "lean")]
         for row in wanted(rows, cfg, machine):

@@ -135,6 +135,8 @@ class Config:
     """With lean and offload: only every k-th block; the others are kept as with fast."""
     activations_gib: float = 0.0
     """With lean and offload: as many of the last blocks as fit into this memory are kept as with fast."""
+    activations_host_gib: float = 0.0
+    """With offload: host memory for what attention made, too, of as many blocks as fit; saves computing it again."""
     fused: bool = torch.cuda.is_available()
     """Run the blocks by the hand-written modules/lora_block.py where it covers them; default: where there is a GPU."""
     optimizer: Literal["adamw", "adamw-8bit", "adamw-host"] = "adamw"
@@ -261,7 +263,8 @@ def train(cfg: Config, run: RunFolder) -> None:
     say(describe_attention(device, dtype, cfg.packing, attention))
     plain = (why_not(language) or disagreement(language)) if cfg.fused else "--no-fused"
     say(f"blocks: plain modules ({plain})" if plain else "blocks: forward and backward by hand (modules/lora_block.py)")
-    measures = dict(every=cfg.activations_every, budget=cfg.activations_gib * 2**30, fused=not plain)
+    budgets = dict(budget=cfg.activations_gib * 2**30, host_budget=cfg.activations_host_gib * 2**30)
+    measures = dict(every=cfg.activations_every, **budgets, fused=not plain)
     keep_activations(language, cfg.activations, **measures, compile=cfg.compile)
     keep_activations(vision, cfg.activations if cfg.vision != "frozen" else "none", compile=cfg.compile)
     autocast = nullcontext()  # every layer already computes in the weights' dtype

@@ -68,6 +68,7 @@ class Row:
     """Of the adapters on all linear layers; 0: every weight is trained."""
     activations: str = "lean"
     activations_gib: float = 0.0
+    activations_host_gib: float = 0.0
     fused: bool = True
     """By the hand-written blocks, or by the plain modules."""
     compile: bool = True
@@ -92,6 +93,7 @@ class Row:
     def way(self) -> str:
         """offload + 0.4 GiB, hand-written, embedding on host."""
         extra = f" + {self.activations_gib:g} GiB" if self.activations_gib else ""
+        extra += f" + {self.activations_host_gib:g} GiB of the host" if self.activations_host_gib else ""
         plain = "plain, compiled" if self.compile else "plain"
         words = [self.activations + extra, "hand-written" if self.fused else plain]
         words += ["head in NF4"] if self.quantize_head else []
@@ -175,6 +177,7 @@ def train(
         model,
         row.activations,
         budget=row.activations_gib * GIB,
+        host_budget=row.activations_host_gib * GIB,
         fused=row.fused,
         compile=row.compile,
         bind=streamed.use if streamed else None,

@@ -8,6 +8,8 @@ import torch
 
 from modules import activation_offload
 from modules.activation_offload import ActivationOffload
+from modules.activations import keep_activations
+from tests.modules.test_activations import ids_and_layout, loss_and_gradients, make_model
 
 
 class Stream:
@@ -48,6 +50,47 @@ def test_a_step_and_another(offload):
         used = 4 * -(-(2 * (5 + step) * 7 * 2) // 64)
         assert len(offload.spare) * 64 == offload.host_bytes == -(-used // 3) * 3 * 64
         assert not offload._last()
+
+
+def test_memory_that_a_graph_holds_on_to_leaves_and_comes_back(offload):
+    x, gradients = [torch.randn(3, 30) for _ in range(4)], []
+    items, outputs = [], []
+    for tensor in x:
+        leaf = tensor.clone().requires_grad_()
+        with activation_offload.saved_for_backward() as saved:
+            out = leaf.exp() * leaf.view(-1).view(3, 30)
+        items.append(offload.put(tensor.clone(), saved))
+        outputs.append((leaf, out))
+        del saved
+    emptied = [leaf.untyped_storage().nbytes() for leaf, _ in outputs]
+    assert emptied == [0, 0, 0, 360]
+    for tensor, item, (leaf, out) in reversed(list(zip(x, items, outputs, strict=True))):
+        assert torch.equal(offload.get(item), tensor)
+        assert torch.equal(leaf, tensor)
+        gradients.append(torch.autograd.grad(out.sum(), leaf)[0])
+        torch.testing.assert_close(gradients[-1], (1 + tensor) * tensor.exp())
+    del items, outputs, item, leaf, out
+    assert len(offload.spare) * 64 == offload.host_bytes
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("host_budget", [0, 2**40])
+def test_blocks_whose_memory_is_really_gone(offload, monkeypatch, host_budget, packed):
+    monkeypatch.setattr("modules.activations.ActivationOffload", lambda device: offload)
+    ids, layout = ids_and_layout(packed)
+    model = make_model()
+    loss, gradients = loss_and_gradients(model, layout, ids)
+    keep_activations(model, "offload", host_budget=host_budget, fused=True)
+    for _ in range(2):
+        got_loss, got = loss_and_gradients(model, layout, ids)
+        assert abs(got_loss - loss) < 1e-5 * loss
+        for name, gradient in gradients.items():
+            assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    inputs, heads = 3 * 42 * 32 * 4, 3 * 42 * (32 + 12 * 8) * 4
+    assert offload.host_bytes >= (inputs + heads if host_budget else inputs)
+    model(ids, layout)  # and a graph that is dropped
+    gc.collect()
+    assert len(offload.spare) * 64 == offload.host_bytes
 
 
 def test_a_dropped_graph_gives_its_memory_back(offload):

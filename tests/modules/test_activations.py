@@ -56,7 +56,7 @@ def ids_and_layout(packed: bool):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", (*RUNGS, "attention"))
 def test_rungs_train_the_same(rung, fused, packed, monkeypatch):
     ids, layout = ids_and_layout(packed)
     model = make_model()
@@ -64,7 +64,11 @@ def test_rungs_train_the_same(rung, fused, packed, monkeypatch):
     if fused:  # several tiles of tokens, the last one smaller, and both groups of heads
         monkeypatch.setattr(lora_block, "TILE_BYTES", 16 * 3 * 48 * 4)
         monkeypatch.setattr(lora_block, "WORKSPACE_BYTES", 1)
-    keep_activations(model, rung, fused=fused)
+    if rung == "attention" and not fused:
+        with pytest.raises(ValueError, match="needs --activations offload and the hand-written blocks"):
+            keep_activations(model, "offload", host_budget=1)
+        return
+    keep(model, rung, fused)
     for _ in range(2):
         got_loss, got = loss_and_gradients(model, layout, ids)
         assert abs(got_loss - loss) < 1e-5 * loss
@@ -72,14 +76,21 @@ def test_rungs_train_the_same(rung, fused, packed, monkeypatch):
             assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("rung", ["fast", "lean", "offload"])
+def keep(model, rung, fused):
+    """A rung by name; "attention": offload with host memory for every block."""
+    if rung == "attention":
+        return keep_activations(model, "offload", host_budget=2**40, fused=fused)
+    return keep_activations(model, rung, fused=fused)
+
+
+@pytest.mark.parametrize("rung", ["fast", "lean", "offload", "attention"])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj", "down_proj"), ("o_proj", "up_proj")])
 def test_hand_written_block_with_some_targets_and_nf4(targets, rung):
     ids, layout = ids_and_layout(False)
     for nf4 in (False, True):
         model = make_model(targets, nf4)
         loss, gradients = loss_and_gradients(model, layout, ids)
-        keep_activations(model, rung, fused=True)
+        keep(model, rung, fused=True)
         got_loss, got = loss_and_gradients(model, layout, ids)
         assert abs(got_loss - loss) < 1e-5 * loss
         for name, gradient in gradients.items():
@@ -164,6 +175,11 @@ def test_every_and_budget_choose_blocks(monkeypatch):
     keep_activations(model, "lean", budget=2 * one_block, fused=True)
     loss_and_gradients(model, layout, ids)
     assert kept == ["lean", "fast", "fast"]
+    kept.clear()
+    up_to_attention = 42 * (2 * 32 + 12 * 8) * 4
+    keep_activations(model, "offload", budget=one_block, host_budget=up_to_attention, fused=True)
+    loss_and_gradients(model, layout, ids)
+    assert kept == ["attention", "offload", "fast"]
 
 
 def test_what_the_hand_written_block_does_not_cover():
@@ -184,6 +200,8 @@ def with_dropout():
 def test_bad_settings():
     with pytest.raises(ValueError, match="--activations-every 0"):
         keep_activations(make_model(), "lean", every=0)
+    with pytest.raises(ValueError, match="must not be negative"):
+        keep_activations(make_model(), "offload", host_budget=-1, fused=True)
     with pytest.raises(ValueError, match="--activations 'all'"):
         keep_activations(make_model(), "all")
 
