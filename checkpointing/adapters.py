@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from checkpointing.pretrained import read_json
 from checkpointing.safetensors_file import specs_of, write_safetensors
+from modules import whole_modules
 from modules.lora_peft import read_layers
 from modules.methods import find_method, method_of
+from modules.vocabulary import fit_vocabulary
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -26,6 +28,8 @@ def save_adapter(folder: Path, model: nn.Module, *, base: str, chat_template: st
     Where PEFT has the method, `peft.PeftModel.from_pretrained` opens the folder over `base`.
     """
     fields, tensors = find_method(getattr(model, "method", "lora")).export(model)
+    whole, whole_tensors = whole_modules.export(model)
+    fields, tensors = fields | whole, tensors | whole_tensors
     config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True} | fields
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / TENSORS, specs_of(tensors), tensors.__getitem__)
@@ -45,7 +49,12 @@ def load_adapter(
     config, tensors = read_folder(folder)
     with _explained(folder):
         method = method or method_of(config)
-        names = find_method(method).load(model, config, tensors, dtype)
+        beside = fit_vocabulary(model, tensors)
+        whole = whole_modules.find_saved(model, config)
+        beside |= {key for keys in whole.values() for key in keys}
+        own = {key: tensor for key, tensor in tensors.items() if key not in beside}
+        names = find_method(method).load(model, config | {"modules_to_save": None}, own, dtype)
+        names += whole_modules.load(model, whole, tensors)
     model.method = method
     return names
 

@@ -48,6 +48,7 @@ from modules.methods import METHODS, Options, add_method, find_method
 from modules.optim import build_optimizer, learning_rate
 from modules.step_in_backward import step_in_backward
 from modules.weight_streaming import stream_weights
+from modules.whole_modules import train_whole_modules
 
 START_STEPS = 8  # of training data that a start made from data (EVA) may read
 
@@ -109,6 +110,8 @@ class Config:
     """Dropout on the adapters' input."""
     targets: tuple[str, ...] | None = None
     """Modules to change, by name: q_proj, self_attn.q_proj, or a full name; default: the method's own choice."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules to train whole beside that, by name: norm, lm_head, embed_tokens …"""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which adapters are kept; bfloat16 ones are updated with stochastic rounding."""
     quantize: Literal["none", "nf4"] = "none"
@@ -245,6 +248,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     add_method(model, cfg.method, Options(**sizes, **start))
     if quantized and needs_dense:
         quantize_nf4(model)  # what has no adapter
+    train_whole_modules(model, cfg.modules_to_save)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = method.parameter_groups(trainable, cfg.lr) if hasattr(method, "parameter_groups") else None
     say(f"training {sum(p.numel() for p in trainable.values()):,} of {count(model):,} parameters")

@@ -57,6 +57,20 @@ def test_over_nf4_packed_and_recomputed(base, tmp_path, method):
     assert evaluated < losses(tmp_path / "run")[0]
 
 
+def test_whole_modules_beside_an_adapter(base, tmp_path):
+    flags = ("--modules-to-save", "norm", "lm_head", "--fused")
+    done = train(base, tmp_path / "whole", "lora", *flags)
+    assert "forward and backward by hand" in done.stderr
+    (evaluated,) = [row["eval_loss"] for row in read_metrics(tmp_path / "whole") if "eval_loss" in row]
+    evaluate = ("evaluate", "--model", base / "base", "--data", base / "rows.jsonl", "--device", "cpu")
+    found = json.loads(run_recipe(*evaluate, "--adapter", tmp_path / "whole/adapter").stdout)["loss"]
+    assert found == pytest.approx(evaluated, rel=1e-5)
+    train(base, tmp_path / "run", "lora", *flags, steps=4)
+    train(base, tmp_path / "run", "lora", *flags, "--resume")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    train(base, tmp_path / "packed", "lora", *flags, "--packing", "--quantize", "nf4", "--activations", "offload")
+
+
 def test_the_recipe_is_lora_finetune_with_another_section_5(base, tmp_path):
     train(base, tmp_path / "run", "lora")
     run_recipe(

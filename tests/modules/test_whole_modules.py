@@ -1,0 +1,103 @@
+"""Modules trained whole beside an adapter, against peft's modules_to_save."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from checkpointing.adapters import load_adapter, save_adapter
+from modules.lora_block import disagreement, why_not
+from modules.methods import Options, add_method
+from modules.nf4 import quantize_nf4
+from modules.vocabulary import is_tied
+from modules.whole_modules import train_whole_modules
+from tests.models.test_llama import load, make_pair
+from tests.modules.peft_methods import assert_follows_peft, ids, logits, loss_of, train, trained
+
+EVERYTHING = ["lm_head", "embed_tokens", "model.norm"]
+LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+
+
+def make(folder, names, *, method="lora", **overrides):
+    _, model = make_pair(folder, **overrides)
+    torch.manual_seed(1)
+    add_method(model, method, Options(rank=4, alpha=8.0))
+    return model, train_whole_modules(model, names)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("names", [EVERYTHING, ["lm_head"], ["embed_tokens"], ["norm"]])
+def test_follows_peft(tmp_path, names, tied):
+    # Adam turns a rounding error in a gradient near 0 into one of the size of lr: an embedding has such gradients.
+    config = LoraConfig(**LORA, modules_to_save=names)
+    lr = 1e-3 if "embed_tokens" in names else 3e-3
+    assert_follows_peft(tmp_path, config, lr=lr, tie_word_embeddings=tied)
+    saved, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert saved.keys() == again.keys()
+
+
+def test_a_name_means_a_module_not_the_end_of_one(tmp_path):
+    model, names = make(tmp_path, ["norm", "layers.1.input_layernorm"])
+    assert names == ["model.layers.1.input_layernorm", "model.norm"]
+    whole = {name for name in trained(model) if ".lora_" not in name}
+    assert whole == {f"{name}.weight" for name in names}
+    save_adapter(tmp_path / "adapter", model, base=str(tmp_path))
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["modules_to_save"] == names
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "vera", "bitfit", "parallel"])
+def test_beside_other_methods(tmp_path, method):
+    model, _ = make(tmp_path / "base", EVERYTHING, method=method, tie_word_embeddings=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, torch.optim.AdamW(trained(model).values(), lr=3e-3), steps=4)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (not p.requires_grad), name
+    assert not is_tied(model) and not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    save_adapter(tmp_path / "adapter", model, base=str(tmp_path / "base"))
+    fresh = load(tmp_path / "base")
+    load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_the_hand_written_block_stays(tmp_path):
+    """What is trained outside the blocks is no business of theirs."""
+    model, _ = make(tmp_path / "a", EVERYTHING, num_attention_heads=4)
+    assert why_not(model) is None and disagreement(model) is None
+    model, _ = make(tmp_path / "b", ["post_attention_layernorm"])
+    assert "no adapter" in why_not(model)
+
+
+def test_bfloat16_modules_stay_bfloat16(tmp_path):
+    _, model = make_pair(tmp_path)
+    model.bfloat16()
+    add_method(model, "lora", Options(rank=4))
+    train_whole_modules(model, ["norm"])
+    loss_of(model, ids()).backward()
+    assert model.model.norm.weight.grad.dtype == torch.bfloat16
+
+
+def test_what_cannot_be_trained_is_explained(tmp_path):
+    _, model = make_pair(tmp_path)
+    quantize_nf4(model)
+    add_method(model, "lora", Options(rank=4, targets=("q_proj", "lm_head")))
+    for names, words in (
+        (["norm", "lm_haed"], "lm_haed name no module; the model has .*lm_head"),
+        (["lm_head"], "trained already; leave it out of --targets"),
+        (["k_proj"], "NF4Linear cannot be trained"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train_whole_modules(model, names)
+    model.half()
+    with pytest.raises(ValueError, match="float16"):
+        train_whole_modules(model, ["norm"])
+
+
+def test_saved_modules_that_do_not_fit_are_named(tmp_path):
+    model, _ = make(tmp_path / "base", ["norm"])
+    save_adapter(tmp_path / "adapter", model, base="base")
+    make_pair(tmp_path / "other", hidden_size=96)
+    with pytest.raises(ValueError, match="does not fit this model"):
+        load_adapter(load(tmp_path / "other"), tmp_path / "adapter")
