@@ -85,7 +85,7 @@ def test_what_cannot_be_trained_is_explained(tmp_path):
     add_method(model, "lora", Options(rank=4, targets=("q_proj", "lm_head")))
     for names, words in (
         (["norm", "lm_haed"], "lm_haed name no module; the model has .*lm_head"),
-        (["lm_head"], "trained already; leave it out of --targets"),
+        (["lm_head"], "trained already; leave its module out of --targets"),
         (["k_proj"], "NF4Linear cannot be trained"),
     ):
         with pytest.raises(ValueError, match=words):
