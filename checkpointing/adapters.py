@@ -68,6 +68,11 @@ def read_adapter(folder: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
         return read_layers(config, tensors)
 
 
+def count_virtual_tokens(folder: Path | None) -> int:
+    """Virtual tokens that rows begin with for this adapter (modules/virtual_tokens.py); 0 for most, and for none."""
+    return read_folder(folder)[0].get("num_virtual_tokens", 0) if folder else 0
+
+
 def read_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """adapter_config.json, and the tensors by PEFT's name."""
     folder = Path(folder)

@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,8 @@ class DatasetReport:
     bad_images: int = 0
     """Rows dropped: an image file that is missing or broken (with `skip_bad_rows`)."""
     bad_image_example: str | None = None
+    virtual_tokens: int = 0
+    """Placeholders in front of every example, counted as its tokens."""
 
     def lines(self) -> list[str]:
         """One sentence for the sum, and one for each thing a user should know."""
@@ -66,6 +68,8 @@ class DatasetReport:
             f"{self.path}: {self.examples:,} examples from {_rows(self.rows)}, {self.tokens:,} tokens, of which "
             f"{self.target_tokens:,} are trained; the longest has {self.longest:,}"
         ]
+        if self.virtual_tokens:
+            lines.append(f"{self.virtual_tokens} virtual tokens in front of each of them, which --seq-len counts, too")
         if self.images:
             lines.append(f"{self.images:,} images of {self.image_tokens} tokens each among them")
         if self.bad_images:
@@ -134,7 +138,9 @@ class TokenizedDataset:
 
     def check_vocabulary(self, size: int) -> None:
         """Raise ValueError if a token has no row in the model's embedding: tokenizer and weights do not match."""
-        if (largest := int(self.input_ids.max())) >= size:
+        placeholder = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        placeholder[(self.offsets[:-1, None] + torch.arange(self.report.virtual_tokens)).flatten()] = True
+        if (largest := int(self.input_ids[~placeholder].max())) >= size:
             raise ValueError(
                 f"{self.report.path} contains token id {largest}, but the model has {size} embeddings: "
                 "the tokenizer in its folder has more tokens than the model"
@@ -176,6 +182,7 @@ def load_dataset(
     image_processor: ImageProcessor | None = None,
     image_root: str | Path | None = None,
     skip_bad_rows: bool = False,
+    virtual_ids: Sequence[int] = (),
 ) -> TokenizedDataset:
     """Read, tokenise and mask a data file (formats: data/rows.py).
 
@@ -186,10 +193,17 @@ def load_dataset(
     With an `image_processor` rows may have images, in files under `image_root` (unless given: the data file's folder);
     these are looked at here and decoded when their turn comes. A row with images is cut behind the last one or, where
     even that is too long, dropped. `skip_bad_rows` drops rows with a missing or broken image instead of raising.
+
+    `virtual_ids` are put in front of every example (modules/virtual_tokens.py); `seq_len` counts them, and no target
+    falls on them.
     """
     if seq_len is not None and seq_len < 2:
         raise ValueError(f"--seq-len {seq_len} leaves nothing to predict; it must be at least 2")
-    report = DatasetReport(str(path), seq_len)
+    virtual = len(virtual_ids)
+    room = None if seq_len is None else seq_len - virtual
+    if virtual and room is not None and room < 2:
+        raise ValueError(f"--seq-len {seq_len} leaves no room behind {virtual} virtual tokens: raise it")
+    report = DatasetReport(str(path), seq_len, virtual_tokens=virtual)
     images = None
     if image_processor is not None:
         image_processor.check_tokenizer(tokenizer)
@@ -226,17 +240,17 @@ def load_dataset(
         assert max(encoded.input_ids, default=0) < tokenizer.vocab_size
         report.rows += 1
         report.chat_rows += encoded.chat
-        for piece_ids, piece_targets in _examples(encoded, seq_len, split_long, report):
-            input_ids.extend(piece_ids)
-            targets.extend(piece_targets)
+        for piece_ids, piece_targets in _examples(encoded, room, split_long, report):
+            input_ids.extend([*virtual_ids, *piece_ids])
+            targets.extend([*[IGNORE_INDEX] * virtual, *piece_targets])
             offsets.append(len(input_ids))
             if images is not None:
                 images.add(encoded.images, line)
                 report.images += len(encoded.images)
             report.examples += 1
-            report.tokens += len(piece_ids)
+            report.tokens += virtual + len(piece_ids)
             report.target_tokens += len(piece_targets) - piece_targets.count(IGNORE_INDEX)
-            report.longest = max(report.longest, len(piece_ids))
+            report.longest = max(report.longest, virtual + len(piece_ids))
     if not report.examples:
         raise ValueError(f"{path}: no row is left to train on: {'; '.join(report.lines()[1:])}")
 

@@ -164,8 +164,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, _ = x.shape
         q_BNTH = apply_rotary(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)
-        k_BKTH = apply_rotary(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)
-        v_BKTH = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        k_BKTH, v_BKTH = self.keys_and_values(x, cos, sin, layout)
         if cache is not None:
             k_BKSH, v_BKSH = cache.update(layout.positions.expand(B, T), k_BKTH, v_BKTH)
             slots = torch.arange(k_BKSH.shape[2], device=x.device)
@@ -173,6 +172,12 @@ class Attention(nn.Module):
         else:
             out_BNTH = attend(q_BNTH, k_BKTH, v_BKTH, layout)
         return self.o_proj(out_BNTH.transpose(1, 2).reshape(B, T, -1))
+
+    def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """What the other tokens see of each, [B, K, T, H] both; keys are rotated to their positions."""
+        B, T, _ = x.shape
+        k_BKTH = apply_rotary(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)
+        return k_BKTH, self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
 
 
 def attend(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, layout: SequenceLayout) -> Tensor:

@@ -38,7 +38,8 @@ def sample_completion(
     model: nn.Module, dataset: TokenizedDataset, tokenizer, stop_ids: set[int], max_new_tokens: int = 64
 ) -> dict[str, str]:
     """Greedy completion of the first row: its `prompt` (all before the first target), `completion` and `expected`."""
-    input_ids, targets = (tensor.tolist() for tensor in dataset[0])
+    virtual = dataset.report.virtual_tokens  # `generate` puts them in front itself
+    input_ids, targets = (tensor[virtual:].tolist() for tensor in dataset[0])
     first = next(i for i, target in enumerate(targets) if target != IGNORE_INDEX)
     if first == 0:  # a text row: everything is a target, so continue its beginning
         first = min(len(input_ids) // 2, 31)

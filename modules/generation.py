@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modules.attention import SequenceLayout, padded_layout
 from modules.image_tokens import Images
+from modules.virtual_tokens import virtual_ids
 
 
 @torch.no_grad()
@@ -29,12 +30,14 @@ def generate(
 ) -> list[list[int]]:
     """New token ids for each prompt, up to and including the first of `stop_ids`; temperature 0 is greedy.
 
-    `images` stand in the prompts (`place_images(prompts, ...)`); with a cache, only the first pass sees them.
+    `images` stand in the prompts (`place_images(prompts, ...)`); with a cache, only the first pass sees them. A model
+    with virtual tokens (modules/virtual_tokens.py) gets them in front of every prompt.
 
     Raises ValueError for an empty prompt or one that leaves no room in the model's positions.
     """
     if not prompts or not all(prompts):
         raise ValueError("the prompt is empty and this tokenizer adds no BOS token: give at least one token")
+    prompts = [[*virtual_ids(model), *prompt] for prompt in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
     if longest >= model.config.max_length:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from models.llama import LlamaBlock
 from modules.activation_offload import ActivationOffload, saved_for_backward
-from modules.attention import SequenceLayout, attend, padded_layout
+from modules.attention import Attention, SequenceLayout, attend, padded_layout
 from modules.lora import LoRALinear
 from modules.lora_products import AdapterCopies, GradientSum, Projections
 from modules.pointwise import rms_norm, rms_norm_backward, rotate, rotate_backward, swiglu, swiglu_backward_
@@ -48,6 +48,8 @@ def why_not(model: nn.Module) -> str | None:
     for block in model.blocks:
         if type(block) is not LlamaBlock:
             return f"its blocks are {type(block).__name__}, not LlamaBlock"
+        if type(block.self_attn) is not Attention:
+            return f"self_attn is a {type(block.self_attn).__name__}"
         if block.mlp.activation is not F.silu:
             return "its feed-forward has another activation than SiLU"
         for name, layer in block.named_modules():

@@ -10,6 +10,7 @@ and, where the method needs it,
     parameter_groups(trainable, lr)        parameters with learning rates of their own, for `build_optimizer(groups=…)`
     prepare_optimizer(model, optimizer)    what it does to gradients before a step
     NEEDS_DENSE = True                     its start is computed from the weights before they are quantised
+    VIRTUAL_TOKENS = True                  every row begins with virtual tokens (modules/virtual_tokens.py)
 """
 
 import importlib
@@ -31,6 +32,9 @@ METHODS = {
     "vera": "modules.vera",
     "loftq": "modules.loftq",
     "eva": "modules.eva",
+    "prompt": "modules.prompt_tuning",
+    "p-tuning": "modules.p_tuning",
+    "prefix": "modules.prefix_tuning",
     "ia3": "modules.ia3",
     "bitfit": "modules.bitfit",
     "ln": "modules.ln_tuning",
@@ -53,6 +57,13 @@ class Options:
     dtype: torch.dtype = torch.float32
     """Of what is trained."""
     num_virtual_tokens: int = 20
+    prompt_init: str = "vocabulary"
+    """How virtual tokens begin: vocabulary, random or text."""
+    prompt_ids: tuple[int, ...] = ()
+    """The tokens of the text that they begin with."""
+    prompt_encoder: str | None = None
+    """The network that makes virtual tokens, mlp or lstm. None: the method's own choice."""
+    encoder_size: int | None = None
     quantize: type[nn.Linear] | None = None
     """How frozen layers will be stored (NF4Linear, say), for starts that make up for its error."""
     batches: Iterable | None = None

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modu
 import tyro
 from tqdm import tqdm
 
-from checkpointing.adapters import load_adapter
+from checkpointing.adapters import count_virtual_tokens, load_adapter
 from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from checkpointing.run_record import plain
@@ -31,6 +31,7 @@ from models import build_model
 from models.llava import LlavaForConditionalGeneration
 from modules.device import pick_device, pick_dtype
 from modules.evaluation import evaluate_loss
+from modules.virtual_tokens import placeholders
 
 
 @dataclass
@@ -79,6 +80,7 @@ def main(cfg: Config) -> None:
         completion_field=cfg.completion_field,
         image_processor=load_image_processor(folder, config) if sees else None,
         image_root=cfg.image_root,
+        virtual_ids=placeholders(count_virtual_tokens(cfg.adapter), model.config.vocab_size),
     )
     dataset.check_vocabulary(model.config.vocab_size)
     for line in dataset.report.lines():

@@ -47,6 +47,7 @@ from modules.memory import describe_memory, plan_memory
 from modules.methods import METHODS, Options, add_method, find_method
 from modules.optim import build_optimizer, learning_rate
 from modules.step_in_backward import step_in_backward
+from modules.virtual_tokens import placeholders
 from modules.weight_streaming import stream_weights
 from modules.whole_modules import train_whole_modules
 
@@ -112,6 +113,16 @@ class Config:
     """Modules to change, by name: q_proj, self_attn.q_proj, or a full name; default: the method's own choice."""
     modules_to_save: tuple[str, ...] = ()
     """Modules to train whole beside that, by name: norm, lm_head, embed_tokens …"""
+    num_virtual_tokens: int | None = None
+    """Of prompt, p-tuning and prefix, in front of every row; --seq-len counts them. Default: --prompt-text's, or 20."""
+    prompt_init: Literal["vocabulary", "random", "text"] = "vocabulary"
+    """What virtual tokens begin as: frequent tokens, noise, or --prompt-text (prompt and prefix)."""
+    prompt_text: str | None = None
+    """The text that virtual tokens begin as, with --prompt-init text."""
+    prompt_encoder: Literal["mlp", "lstm"] | None = None
+    """The network that makes virtual tokens: p-tuning mlp (default) or lstm; prefix none (default) or mlp."""
+    encoder_size: int | None = None
+    """Its hidden size; default: p-tuning the model's, prefix 512."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which adapters are kept; bfloat16 ones are updated with stochastic rounding."""
     quantize: Literal["none", "nf4"] = "none"
@@ -187,7 +198,13 @@ def train(cfg: Config, run: RunFolder) -> None:
     seq_len = fit_seq_len(cfg.seq_len, model.config.max_length)
     tokenizer = load_tokenizer(folder)
     template = load_chat_template(folder, tokenizer, cfg.chat_format, now=run.started)
+    method, virtual_ids = find_method(cfg.method), []
+    prompt_ids = tokenizer.encode_prompt(cfg.prompt_text) if cfg.prompt_text else []
+    num_virtual_tokens = len(prompt_ids) or 20 if cfg.num_virtual_tokens is None else cfg.num_virtual_tokens
+    if getattr(method, "VIRTUAL_TOKENS", False):
+        virtual_ids = placeholders(num_virtual_tokens, model.config.vocab_size)
     rows = dict(
+        virtual_ids=virtual_ids,
         seq_len=seq_len,
         train_on=cfg.train_on,
         prompt_field=cfg.prompt_field,
@@ -220,7 +237,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     weights = WeightFiles(folder)
     if cfg.quantize_head and cfg.quantize == "none":
         raise ValueError("--quantize-head quantises the head like the blocks: it needs --quantize nf4")
-    method, quantized = find_method(cfg.method), None
+    quantized = None
     needs_dense = getattr(method, "NEEDS_DENSE", False)  # then it is the method that quantises
     if needs_dense and cfg.weights != "resident":
         raise ValueError(f"--method {cfg.method} begins with the dense weights: it needs --weights resident")
@@ -245,7 +262,9 @@ def train(cfg: Config, run: RunFolder) -> None:
     first_batches = (b.to(device, dtype) for _, _, step in islice(batches.steps(0, 0), START_STEPS) for b in step)
     sizes = dict(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout, targets=cfg.targets)
     start = dict(dtype=DTYPES[cfg.adapter_dtype], quantize=quantized, batches=first_batches)
-    add_method(model, cfg.method, Options(**sizes, **start))
+    virtual = dict(num_virtual_tokens=num_virtual_tokens, prompt_init=cfg.prompt_init, prompt_ids=prompt_ids)
+    virtual |= dict(prompt_encoder=cfg.prompt_encoder, encoder_size=cfg.encoder_size)
+    add_method(model, cfg.method, Options(**sizes, **start, **virtual))
     if quantized and needs_dense:
         quantize_nf4(model)  # what has no adapter
     train_whole_modules(model, cfg.modules_to_save)

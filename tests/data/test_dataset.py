@@ -94,6 +94,31 @@ def test_split_long_loses_no_target(tmp_path):
     assert load(tmp_path, rows[:1], seq_len=first - 1, split_long=True).lengths == [first - 1]
 
 
+@pytest.mark.parametrize("split_long", [False, True])
+def test_virtual_tokens_stand_in_front_of_every_example(tmp_path, split_long):
+    """And `seq_len` counts them: cutting and splitting are those of the room that they leave."""
+    size = TOKENIZER.vocab_size
+    virtual = [size, size + 1, size + 2]
+    plain = load(tmp_path, ROWS, seq_len=17, split_long=split_long)
+    dataset = load(tmp_path, ROWS, seq_len=20, split_long=split_long, virtual_ids=virtual)
+    assert len(dataset) == len(plain) and max(dataset.lengths) == 20
+    for (ids, targets), (plain_ids, plain_targets) in zip(dataset, plain, strict=True):
+        assert ids.tolist() == virtual + plain_ids.tolist()
+        assert targets.tolist() == [IGNORE_INDEX] * 3 + plain_targets.tolist()
+    report = dataset.report
+    assert report.target_tokens == plain.report.target_tokens and report.longest == 20
+    assert report.tokens == plain.report.tokens + 3 * len(plain) == len(dataset.input_ids)
+    assert report.lines()[1] == "3 virtual tokens in front of each of them, which --seq-len counts, too"
+    assert dataset.fingerprint != plain.fingerprint
+    dataset.check_vocabulary(size)
+    largest = int(plain.input_ids.max())
+    for checked in (dataset, plain):
+        with pytest.raises(ValueError, match=f"token id {largest}, but the model has {largest} embeddings"):
+            checked.check_vocabulary(largest)
+    with pytest.raises(ValueError, match="--seq-len 4 leaves no room behind 3 virtual tokens"):
+        load(tmp_path, ROWS, seq_len=4, virtual_ids=virtual)
+
+
 def test_rows_without_target_are_dropped_and_said(tmp_path):
     rows = [chat("hello"), chat("hello", "world " * 50), *ROWS[1:3], chat("hello " * 50, "world"), chat("x")]
     dataset = load(tmp_path, rows, seq_len=60)
