@@ -8,7 +8,8 @@ I images, C channels, S image size, P patches, T = 1 + P tokens, D model, N head
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from modules.feed_forward import ACTIVATIONS
 
 @dataclass(frozen=True)
 class CLIPVisionConfig:
+    kinds: ClassVar[tuple[str, ...]] = ("clip_vision_model",)
+    """What config.json may call this tower (`model_type`)."""
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -37,9 +40,10 @@ class CLIPVisionConfig:
 
         Raises ValueError for settings that this file does not implement.
         """
-        if (kind := config.get("model_type", "clip_vision_model")) != "clip_vision_model":
-            raise ValueError(f"the vision tower in config.json is {kind!r}; supported: 'clip_vision_model'")
-        parsed = cls(**{key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None})
+        if (kind := config.get("model_type", cls.kinds[0])) not in cls.kinds:
+            supported = ", ".join(map(repr, cls.kinds))
+            raise ValueError(f"the vision tower in config.json is {kind!r}; supported: {supported}")
+        parsed = cls(**{field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None})
         if parsed.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {parsed.hidden_act!r} in config.json is not one of {', '.join(ACTIVATIONS)}")
         if config.get("attention_dropout"):
@@ -104,7 +108,7 @@ class CLIPEmbeddings(nn.Module):
 
 
 class CLIPAttention(nn.Module):
-    """softmax(q kᵀ / √H) v, every token seeing every other: [I, T, D] → [I, T, D]."""
+    """softmax(q kᵀ / √H) v, every token seeing every other that `mask` [I, 1, 1, T] shows: [I, T, D] → [I, T, D]."""
 
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
@@ -114,11 +118,11 @@ class CLIPAttention(nn.Module):
         self.v_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         I, T, _ = x.shape  # noqa: E741
         projected = (layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj))
         q_INTH, k_INTH, v_INTH = (y.view(I, T, -1, self.head_dim).transpose(1, 2) for y in projected)
-        out_INTH = F.scaled_dot_product_attention(q_INTH, k_INTH, v_INTH)
+        out_INTH = F.scaled_dot_product_attention(q_INTH, k_INTH, v_INTH, attn_mask=mask)
         return self.out_proj(out_INTH.transpose(1, 2).reshape(I, T, -1))
 
 
@@ -145,8 +149,8 @@ class CLIPBlock(nn.Module):
         self.mlp = CLIPFeedForward(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -156,9 +160,9 @@ class CLIPEncoder(nn.Module):
         self.layers = nn.ModuleList(CLIPBlock(config) for _ in range(config.num_hidden_layers))
 
 
-def run_block(block: nn.Module, hidden: Tensor) -> Tensor:
+def run_block(block: nn.Module, hidden: Tensor, *inputs) -> Tensor:
     """How the model runs one of its blocks. Memory measures put another function in its place (`model.run_block`)."""
-    return block(hidden)
+    return block(hidden, *inputs)
 
 
 class CLIPVisionModel(nn.Module):

@@ -5,17 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from models.vision_language import VisionLanguageModel
 from modules.lora import add_lora
-
-PARTS = {  # part -> where its parameters are
-    "vision": ("model.vision_tower.",),
-    "projector": ("model.multi_modal_projector.",),
-    "language": ("model.language_model.", "lm_head."),
-}
 
 
 def train_parts(
-    model: nn.Module,
+    model: VisionLanguageModel,
     how: dict[str, str],
     *,
     targets: Sequence[str],
@@ -34,14 +29,14 @@ def train_parts(
     model.requires_grad_(False)
     adapted = []
     for part, choice in how.items():
-        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(PARTS[part])]
+        names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and model.part_of(n) == part]
         if part == "language":
             names = [name for name in names if name.rpartition(".")[2] in targets]
         adapted += names if choice == "lora" else []
     if adapted:
         add_lora(model, targets=adapted, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype)
     for name, parameter in model.named_parameters():
-        if any(choice == "full" and name.startswith(PARTS[part]) for part, choice in how.items()):
+        if how[model.part_of(name)] == "full":
             parameter.requires_grad_(True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {part: {n: p for n, p in trained.items() if n.startswith(PARTS[part])} for part in how}
+    return {part: {n: p for n, p in trained.items() if model.part_of(n) == part} for part in how}

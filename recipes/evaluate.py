@@ -28,7 +28,7 @@ from data.dataset import load_dataset
 from data.images import load_image_processor
 from data.tokenizers import load_tokenizer
 from models import build_model
-from models.llava import LlavaForConditionalGeneration
+from models.vision_language import VisionLanguageModel
 from modules.device import pick_device, pick_dtype
 from modules.evaluation import evaluate_loss
 from modules.virtual_tokens import placeholders
@@ -68,7 +68,7 @@ def main(cfg: Config) -> None:
     folder = find_checkpoint(cfg.model)
     config = read_config(folder)
     model = build_model(config)
-    sees = isinstance(model, LlavaForConditionalGeneration)
+    sees = isinstance(model, VisionLanguageModel)
     tokenizer = load_tokenizer(folder)
     dataset = load_dataset(
         cfg.data,

@@ -25,7 +25,7 @@ from data.image_files import load_image
 from data.images import load_image_processor
 from data.tokenizers import load_tokenizer
 from models import build_model
-from models.llava import LlavaForConditionalGeneration
+from models.vision_language import VisionLanguageModel
 from modules.device import pick_device, pick_dtype
 from modules.generation import generate
 from modules.image_tokens import place_images
@@ -70,7 +70,7 @@ def main(cfg: Config) -> None:
     folder = find_checkpoint(cfg.model)
     config = read_config(folder)
     model = build_model(config)
-    sees = isinstance(model, LlavaForConditionalGeneration)
+    sees = isinstance(model, VisionLanguageModel)
     if cfg.image and not sees:
         raise ValueError(f"--image: {cfg.model} is a {type(model).__name__}, which sees nothing")
     tokenizer = load_tokenizer(folder)

@@ -33,7 +33,7 @@ from data.dataset import load_dataset
 from data.images import load_image_processor
 from data.tokenizers import load_tokenizer
 from models import build_model
-from models.llava import LlavaForConditionalGeneration
+from models.vision_language import VisionLanguageModel
 from modules.activations import keep_activations
 from modules.attention import choose_attention, describe_attention, use_attention
 from modules.compile import enable_compile
@@ -161,8 +161,8 @@ def train(cfg: Config, run: RunFolder) -> None:
     config = read_config(folder)
     model = build_model(config)  # on the meta device: shapes only
     seq_len = fit_seq_len(cfg.seq_len, model.config.max_length)
-    if not isinstance(model, LlavaForConditionalGeneration):
-        raise ValueError(f"{folder} holds a {type(model).__name__}: a model that sees needs architecture LLaVA")
+    if not isinstance(model, VisionLanguageModel):
+        raise ValueError(f"{folder} holds a {type(model).__name__}, which sees nothing: this needs a LLaVA or SmolVLM")
     tokenizer = load_tokenizer(folder)
     template = load_chat_template(folder, tokenizer, cfg.chat_format, now=run.started)
     rows = dict(
@@ -206,7 +206,7 @@ def train(cfg: Config, run: RunFolder) -> None:
 
         quantize_nf4(model)  # still on the meta device: each weight is quantised as it arrives
     load_weights(model, weights, device=device, dtype=dtype)
-    projector = model.model.multi_modal_projector
+    projector = model.projector
     if cfg.init_projector:
         projector.init_weights(model.config.text.initializer_range)
 

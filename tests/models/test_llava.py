@@ -122,8 +122,7 @@ def difference(ours, reference, batch):
         return (ours.logits(ours(ids, images=images)) - expected)[real == 1].abs().max()
 
 
-def check_logits_and_gradients(reference, ours, counts):
-    batch = make_batch(ours.config, counts)
+def check_logits_and_gradients(reference, ours, batch):
     ids, real, pixels, _ = batch
     assert difference(ours, reference, batch) < 1e-5
     expected = reference(input_ids=ids, attention_mask=real, pixel_values=pixels, labels=targets_of(ids, real)[1]).loss
@@ -145,7 +144,8 @@ def check_logits_and_gradients(reference, ours, counts):
 
 @pytest.mark.parametrize("counts", BATCHES.values(), ids=BATCHES)
 def test_logits_and_all_gradients(tmp_path, counts):
-    trained = check_logits_and_gradients(*make_pair(tmp_path), counts)
+    reference, ours = make_pair(tmp_path)
+    trained = check_logits_and_gradients(reference, ours, make_batch(ours.config, counts))
     for part in ("model.vision_tower.encoder.layers.1.", "model.multi_modal_projector."):
         assert any(name.startswith(part) for name in trained) == (sum(counts) > 0)
     assert not any(name.startswith("model.vision_tower.encoder.layers.2.") for name in trained)  # -2 is the default
@@ -155,12 +155,11 @@ def test_logits_and_all_gradients(tmp_path, counts):
 def test_configurations(tmp_path, name):
     reference, ours = make_pair(tmp_path, **CONFIGS[name])
     assert ours.config.tokens_per_image == 9 + ("full" in name)
-    check_logits_and_gradients(reference, ours, [2, 0, 1])
+    check_logits_and_gradients(reference, ours, make_batch(ours.config, [2, 0, 1]))
     assert (ours.lm_head.weight is ours.model.language_model.embed_tokens.weight) == (name == "tied")
 
 
-def test_packed_rows_equal_separate_rows(tmp_path):
-    _, ours = make_pair(tmp_path)
+def check_packed_rows(ours):
     (a, b, c), pixels = make_rows([1, 0, 2], 9)
     where = dict(image_token=IMAGE, tokens_per_image=9)
     layout = packed_layout([[len(a), len(b), len(c)]], len(a + b + c) + 3).prepare(torch.device("cpu"), torch.float32)
@@ -173,14 +172,18 @@ def test_packed_rows_equal_separate_rows(tmp_path):
         start += len(row)
 
 
-def test_greedy_generation_is_token_identical(tmp_path):
+def test_packed_rows_equal_separate_rows(tmp_path):
+    _, ours = make_pair(tmp_path)
+    check_packed_rows(ours)
+
+
+def check_generation(reference, ours, as_theirs=lambda pixels: pixels):
     """48 tokens, prompts of unequal length and with 1, 0 and 2 images in one batch, with and without cache."""
-    reference, ours = make_pair(tmp_path)
     rows, pixels = make_rows([1, 0, 2], 9)
     expected = []
     for row, part in zip(rows, (pixels[:1], None, pixels[1:]), strict=True):
         ids = torch.tensor([row])
-        more = {} if part is None else {"pixel_values": part}
+        more = {} if part is None else {"pixel_values": as_theirs(part)}
         out = reference.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, **more
         )
@@ -190,6 +193,10 @@ def test_greedy_generation_is_token_identical(tmp_path):
     assert generate(ours, rows, max_new_tokens=48, images=images, use_cache=False) == expected
     swapped = place_images(rows, pixels.flip(0), image_token=IMAGE, tokens_per_image=9)
     assert generate(ours, rows, max_new_tokens=48, images=swapped) != expected  # the images matter
+
+
+def test_greedy_generation_is_token_identical(tmp_path):
+    check_generation(*make_pair(tmp_path))
 
 
 # Prefixes in memory → on disk, written down here a second time: a mistake in models/llava.py must not cancel out.
@@ -265,8 +272,8 @@ def test_one_error_lists_everything_in_the_folders_own_names(tmp_path):
 
 def language_layers(model, *short):
     """Full names of the Llama's layers: q_proj alone would match the vision tower's, too."""
-    prefix = "model.language_model."
-    return [n for n, _ in model.named_modules() if n.startswith(prefix) and n.rpartition(".")[2] in short]
+    names = [name for name, _ in model.named_modules() if model.part_of(name) == "language"]
+    return [name for name in names if name.rpartition(".")[2] in short]
 
 
 def randomize_adapters(model):
