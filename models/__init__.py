@@ -6,11 +6,14 @@ from torch import nn
 from models.clip_vit import CLIPVisionConfig, CLIPVisionModel
 from models.llama import LlamaConfig, LlamaForCausalLM
 from models.llava import LlavaConfig, LlavaForConditionalGeneration
+from models.smolvlm import SmolVLMConfig, SmolVLMForConditionalGeneration
 
 # Where a config.json names no architecture, its model_type does.
 _BY_MODEL_TYPE = {
     "llama": "LlamaForCausalLM",
     "llava": "LlavaForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
     "clip_vision_model": "CLIPVisionModel",
     "clip": "CLIPModel",
 }
@@ -29,6 +32,8 @@ def build_model(config: dict) -> nn.Module:
                     return LlamaForCausalLM(LlamaConfig.from_dict(config))
                 case "LlavaForConditionalGeneration":
                     return LlavaForConditionalGeneration(LlavaConfig.from_dict(config))
+                case "Idefics3ForConditionalGeneration" | "SmolVLMForConditionalGeneration":
+                    return SmolVLMForConditionalGeneration(SmolVLMConfig.from_dict(config))
                 case "CLIPVisionModel":
                     return CLIPVisionModel(CLIPVisionConfig.from_dict(config))
                 case "CLIPModel":  # the first CLIP folders hold changes to vision_config beside it
