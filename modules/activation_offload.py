@@ -142,8 +142,8 @@ def saved_for_backward() -> Iterator[list[Tensor]]:
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
+        saved.append(tensor.detach())  # a graph that held its own output would hold itself, for ever
+        return saved[-1]
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         yield saved

@@ -1,5 +1,7 @@
 """Every rung of activation memory, plain and hand-written, against the model as it stands; gradcheck in float64."""
 
+import gc
+
 import pytest
 import torch
 
@@ -124,6 +126,20 @@ def test_gradcheck_of_the_hand_written_block(keep, packed, monkeypatch):
         got = torch.autograd.grad(out.square().sum(), [x, *adapters], retain_graph=True)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rung", [*RUNGS, "attention"])
+def test_nothing_is_left_of_a_step(rung):
+    ids, layout = ids_and_layout(False)
+    model = make_model()
+    keep(model, rung, fused=True)
+    left = []
+    for _ in range(3):
+        loss_and_gradients(model, layout, ids)
+        model(ids, layout)  # a graph that is never used
+        gc.collect()
+        left.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    assert left[1] == left[2]
 
 
 def test_offloaded_input_serves_one_backward():
