@@ -37,6 +37,11 @@ class TunedNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return self.ln_tuning_layers(x)
 
+    def base_layer(self) -> RMSNorm:
+        norm = RMSNorm(self.weight.shape[0], self.eps)
+        norm.weight = self.weight
+        return norm
+
     def merged(self) -> RMSNorm:
         """A plain norm with the trained weight, in the base model's dtype."""
         norm = RMSNorm(self.weight.shape[0], self.eps)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from models.llama import LlamaBlock
 from modules.activation_offload import ActivationOffload, saved_for_backward
+from modules.adapter_parts import FrozenLinear
 from modules.attention import Attention, SequenceLayout, attend, padded_layout
 from modules.lora import LoRALinear
 from modules.lora_products import AdapterCopies, GradientSum, Projections
@@ -53,7 +54,8 @@ def why_not(model: nn.Module) -> str | None:
         if block.mlp.activation is not F.silu:
             return "its feed-forward has another activation than SiLU"
         for name, layer in block.named_modules():
-            if isinstance(layer, LoRALinear) and type(layer).forward is not LoRALinear.forward:
+            own_forward = isinstance(layer, LoRALinear) and type(layer).forward is not LoRALinear.forward
+            if own_forward or isinstance(layer, FrozenLinear):
                 return f"{name} is a {type(layer).__name__}"
             if isinstance(layer, LoRALinear) and layer.dropout.p:
                 return "--dropout is not 0"
@@ -120,12 +122,15 @@ class FusedBlocks:
         keep: "fast", "lean", "offload" or "attention". `bind(block)` is called before the block's weights are read, in
         forward and in backward: weights that are streamed are brought to the card there.
         """
+        layers = self.blocks[id(block)]
+        if not layers.are_in_place():  # adapters are off, or merged: modules/adapter_switch.py
+            bind(block)
+            return block(hidden, cos, sin, layout)
         if block is self.first:  # the optimizer may have stepped since the last forward
             if self.copies is None:
                 groups = [group for layers in self.blocks.values() for group in layers.groups]
                 self.copies = AdapterCopies(groups, hidden.dtype)
             self.copies.refresh()
-        layers = self.blocks[id(block)]
         how = _How(layout, layers, keep, self.offload, lambda: bind(block))
         return _FusedBlock.apply(hidden, cos, sin, how, *layers.parameters)
 
@@ -143,6 +148,11 @@ class BlockLayers:
         self.down = Projections(mlp.down_proj)
         self.groups = (self.qkv, self.o, self.gate_up, self.down)
         self.parameters = [p for group in self.groups for p in group.parameters]
+        self.places = [(m._modules, name, m._modules[name]) for m in (attention, mlp) for name in m._modules]
+
+    def are_in_place(self) -> bool:
+        """Whether the block still has the layers that it had."""
+        return all(modules[name] is layer for modules, name, layer in self.places)
 
 
 class _How(NamedTuple):

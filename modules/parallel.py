@@ -39,6 +39,13 @@ class ParallelFeedForward(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.adapter(x)
 
+    def base_layer(self) -> FeedForward:
+        base = FeedForward.__new__(FeedForward)
+        nn.Module.__init__(base)
+        base.gate_proj, base.up_proj, base.down_proj = self.gate_proj, self.up_proj, self.down_proj
+        base.activation = self.activation
+        return base
+
 
 add = partial(bottleneck.add, layer=ParallelFeedForward)
 export = partial(bottleneck.export, layer=ParallelFeedForward)

@@ -20,6 +20,7 @@ The base, A₀ and B₀ follow from W alone: a resumed run computes them again a
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules import lora_peft
@@ -57,10 +58,31 @@ class PiSSALinear(LoRALinear):
         root = (S[: self.rank] / self.scaling).sqrt()
         return root[:, None] * Vt[: self.rank], U[:, : self.rank] * root
 
+    def base_layer(self) -> nn.Linear:
+        return PiSSAStart(self)
+
     def quantize(self, kind: type[nn.Linear]) -> None:
         """Store the residual as this class of layer does."""
         self.base_class = kind
         self.weight = nn.Parameter(kind.pack_weight(self.weight.detach()), requires_grad=False)
+
+
+class PiSSAStart(nn.Linear):
+    """The layer as training began: W_res x + s · B₀ A₀ x, frozen, which is W x up to rounding."""
+
+    def __init__(self, trained: PiSSALinear):
+        super().__init__(trained.in_features, trained.out_features, trained.bias is not None, device="meta")
+        self.weight, self.bias = trained.weight, trained.bias
+        self.frozen, self.scaling = trained.base_class, trained.scaling
+        self.A, self.B = trained.start_A, trained.start_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.frozen.forward(self, x)
+        return y + F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scaling
+
+    def dense_weight(self) -> Tensor:
+        residual = getattr(self.frozen, "dense_weight", lambda layer: layer.weight)(self)
+        return residual.float() + (self.B.float() @ self.A.float()) * self.scaling
 
 
 def add(model: nn.Module, options: Options, layer: type[PiSSALinear] = PiSSALinear) -> list[str]:

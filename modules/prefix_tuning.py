@@ -47,6 +47,13 @@ class PrefixAttention(Attention):
         self.prefix = prefix.to(base.q_proj.weight.device)
         self.train(base.training)
 
+    def base_layer(self) -> Attention:
+        base = Attention.__new__(Attention)
+        nn.Module.__init__(base)
+        base.head_dim = self.head_dim
+        base.q_proj, base.k_proj, base.v_proj, base.o_proj = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        return base
+
     def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         k_BKTH, v_BKTH = super().keys_and_values(x, cos, sin, layout)
         prefix = self.prefix().to(k_BKTH.dtype)

@@ -64,6 +64,14 @@ class VirtualEmbedding(nn.Embedding):
         self.requires_grad_(False).train(base.training)
         self.virtual_tokens, self.prompt = count, prompt
 
+    def base_layer(self) -> nn.Embedding:
+        """The embedding without placeholders, for rows that have none."""
+        base = self.base_class(self.num_embeddings, self.embedding_dim, device="meta")
+        base.weight = self.weight
+        if hasattr(self, "device"):
+            base.device = self.device
+        return base
+
     def forward(self, ids_BT: Tensor) -> Tensor:
         virtual_BT = ids_BT >= self.num_embeddings
         hidden_BTD = self.base_class.forward(self, ids_BT.masked_fill(virtual_BT, 0))

@@ -74,7 +74,7 @@ def stream_weights(model: nn.Module, device: torch.device, *, folder: Path | Non
         streamed.use(block)
         return block(hidden, *inputs)
 
-    model.model.run_block = run_block
+    model.model.run_block, model.streamed = run_block, True
     return streamed
 
 

@@ -1,0 +1,205 @@
+"""Without its adapters a model is its base, bit for bit; merged and unmerged it is what it was."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from modules.activations import keep_activations
+from modules.adapter_switch import adapted_layers, adapters_disabled, base_layer, merge_adapters
+from modules.generation import generate
+from modules.lora import add_lora
+from modules.lora_block import why_not
+from modules.methods import METHODS, Options, add_method
+from modules.nf4 import NF4Linear, quantize_nf4
+from modules.weight_streaming import stream_weights
+from modules.whole_modules import train_whole_modules
+from tests.models.test_llama import load, make_pair
+from tests.modules.peft_methods import adamw, ids, logits, train, trained
+from tests.modules.test_lora_family import make
+
+FIXED = ("houlsby", "pfeiffer", "parallel", "prompt", "p-tuning", "prefix")  # no plain weight does what they compute
+OWN_START = ("pissa", "olora")  # their start is the base up to rounding
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12]]
+
+
+@torch.no_grad()
+def move(model):
+    """Adapters away from their start."""
+    generator = torch.Generator().manual_seed(4)
+    for p in trained(model).values():
+        p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+
+
+def base_of(folder, name, nf4):
+    model = load(folder)
+    if nf4 or name == "loftq":
+        quantize_nf4(model)
+    return model
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_disabled_is_the_base(tmp_path, name, nf4):
+    model = make(tmp_path, name, nf4=nf4)
+    started = logits(model)
+    move(model)
+    before = {key: p for key, p in model.named_parameters()}
+    adapted, written = logits(model), generate(model, PROMPTS, max_new_tokens=8)
+    model.train()
+    state = torch.get_rng_state()
+    with adapters_disabled(model):
+        if name in OWN_START:  # exactly the start, which is the base up to rounding (over NF4, of the residual)
+            reference = started
+            assert nf4 or (logits(model) - logits(base_of(tmp_path, name, nf4))).abs().max() < 1e-5
+        else:
+            reference = logits(base_of(tmp_path, name, nf4))
+            assert generate(model, PROMPTS, max_new_tokens=8) == generate(
+                base_of(tmp_path, name, nf4), PROMPTS, max_new_tokens=8
+            )
+        assert torch.equal(logits(model), reference)
+        assert not any(p.requires_grad for p in model.parameters())
+        with pytest.raises(ValueError, match="no adapted layers"), adapters_disabled(model):
+            pass
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training and not any(m.training for m in model.modules())  # `logits` has set it meanwhile
+    assert torch.equal(logits(model), adapted) and (adapted - reference).abs().max() > 1e-2
+    assert generate(model, PROMPTS, max_new_tokens=8) == written
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys() and all(p is after[key] for key, p in before.items())
+
+
+@pytest.mark.parametrize(("name", "rung"), [("lora", "fast"), ("lora", "offload"), *((m, "lean") for m in METHODS)])
+def test_reference_logits_between_steps(tmp_path, name, rung):
+    """As DPO uses it: training goes on as without the look at the base, by hand where the method allows that."""
+    losses = []
+    for look in (False, True):
+        model = make(tmp_path / str(look), name)
+        base = logits(base_of(tmp_path / str(look), name, False))
+        keep_activations(model, rung, fused=why_not(model) is None)
+        optimizer = adamw(model, 1e-2)
+        losses.append(train(model, optimizer, steps=2))
+        if look:
+            with torch.no_grad(), adapters_disabled(model):
+                assert (
+                    (logits(model) - base).abs().max() < 1e-5 if name in OWN_START else torch.equal(logits(model), base)
+                )
+        losses[-1] += train(model, optimizer, steps=2)
+    assert losses[0] == losses[1] and losses[0][-1] != losses[0][0]
+
+
+def test_over_streamed_weights(tmp_path):
+    make_pair(tmp_path)
+    plain, model = load(tmp_path), load(tmp_path)
+    base = logits(plain)
+    weights = stream_weights(model.requires_grad_(False), torch.device("cpu"))
+    add_lora(model, rank=4)
+    for fused in (False, True):
+        keep_activations(model, "lean", bind=weights.use, fused=fused)
+        train(model, adamw(model, 1e-2), steps=2)
+        with torch.no_grad(), adapters_disabled(model):
+            assert torch.equal(logits(model), base)
+        assert (logits(model) - base).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="streamed weights cannot be merged"):
+        merge_adapters(model)
+
+
+def test_compiled_blocks_take_both_forms_without_compiling_again(tmp_path):
+    model = make(tmp_path, "lora")
+    move(model)
+    base, adapted = logits(base_of(tmp_path, "lora", False)), logits(model)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    frames = []
+    with torch.no_grad():
+        for _ in range(4):
+            assert (logits(model) - adapted).abs().max() < 1e-5
+            with adapters_disabled(model):
+                assert (logits(model) - base).abs().max() < 1e-5
+            frames.append(counter.frame_count)
+    assert frames[0] == frames[-1]
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in FIXED])
+def test_merge_and_unmerge(tmp_path, name, nf4):
+    model = make(tmp_path, name, nf4=nf4)
+    move(model)
+    adapted = logits(model)
+    before = {key: p.clone() if p.requires_grad else p for key, p in model.named_parameters()}
+    merged = merge_adapters(model)
+    assert (logits(model) - adapted).abs().max() < 1e-4
+    assert not trained(model) and not any(hasattr(m, "base_class") for m in model.modules())
+    model.train()
+    merged.unmerge()
+    assert model.training and all(m.training for m in model.modules())
+    assert torch.equal(logits(model), adapted)
+    for key, p in model.named_parameters():
+        assert p is before[key] if not p.requires_grad else torch.equal(p, before[key]), key
+    assert merge_adapters(model).unmerge() is None and torch.equal(logits(model), adapted)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_cannot_be_merged_says_so(tmp_path, name):
+    model = make(tmp_path, name)
+    adapted = logits(model)
+    with pytest.raises(ValueError, match="no plain weight does what .* computes"):
+        merge_adapters(model)
+    assert torch.equal(logits(model), adapted)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "pissa", "ia3"])
+def test_merging_into_nf4_reports_its_error(tmp_path, name):
+    model = make(tmp_path, name, nf4=True)
+    move(model)
+    adapted, layers = logits(model), adapted_layers(model)
+    dense = {path: layer.merged().weight for path, layer in layers.items()}
+    merged = merge_adapters(model, requantize=True)
+    assert merged.errors.keys() == layers.keys()
+    for path, error in merged.errors.items():
+        layer, M = model.get_submodule(path), dense[path]
+        assert type(layer) is NF4Linear
+        W = base_layer(layers[path]).dense_weight()
+        off = (layer.dense_weight() - M).norm()
+        assert error.of_weight == pytest.approx((off / M.norm()).item(), rel=1e-5) and 0.03 < error.of_weight < 0.15
+        assert error.of_change == pytest.approx((off / (M - W).norm()).item(), rel=1e-4)
+    assert 1e-3 < (logits(model) - adapted).abs().max()
+    merged.unmerge()
+    assert torch.equal(logits(model), adapted)
+
+
+def test_a_tied_head_stays_tied(tmp_path):
+    """Merged it stands alone; the embedding keeps the weight that both had."""
+    make_pair(tmp_path, tie_word_embeddings=True)
+    model = load(tmp_path)
+    embedding = model.model.embed_tokens.weight
+    add_method(model, "lora", Options(rank=4, targets=("lm_head", "q_proj")))
+    move(model)
+    adapted = logits(model)
+    merged = merge_adapters(model, keep="host")
+    assert model.model.embed_tokens.weight is embedding is not model.lm_head.weight
+    assert (logits(model) - adapted).abs().max() < 1e-4
+    merged.unmerge()
+    assert model.lm_head.weight is embedding and torch.equal(logits(model), adapted)
+
+
+def test_modules_trained_whole_have_no_base(tmp_path):
+    model = make(tmp_path, "lora")
+    train_whole_modules(model, ["model.norm"])
+    with pytest.raises(ValueError, match="model.norm are trained whole"), adapters_disabled(model):
+        pass
+    adapted = logits(model)
+    merge_adapters(model).unmerge()
+    assert torch.equal(logits(model), adapted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nf4", [False, True])
+def test_originals_wait_in_host_memory(tmp_path, nf4):
+    model = make(tmp_path, "lora", nf4=nf4).cuda()
+    layer, before = model.blocks[0].mlp.up_proj, model.model(ids().cuda())
+    merged = merge_adapters(model, keep="host")
+    assert layer.weight.device.type == "cpu" and model.blocks[0].mlp.up_proj.weight.is_cuda
+    merged.unmerge()
+    assert layer.weight.is_cuda and torch.equal(model.model(ids().cuda()), before)
