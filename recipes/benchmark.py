@@ -30,12 +30,12 @@ import tyro
 
 from checkpointing.errors import clear_errors
 from modules.device import pick_device, pick_dtype
-from recipes.benchmarks import peers
+from recipes.benchmarks import peers, vlm
 from recipes.benchmarks.ceilings import MEASUREMENTS, Clock
 from recipes.benchmarks.measure import Machine, Row, attempt, build_and_train, shared_model
 from recipes.benchmarks.report import Results, draw_memory, fit_memory, tables
 
-Part = Literal["ceilings", "speed", "peers", "rungs", "longest", "small", "full"]
+Part = Literal["ceilings", "speed", "peers", "rungs", "longest", "small", "full", "vlm"]
 RUNG_STEPS = 20
 TINIER = 64  # --tiny divides sequence lengths by this
 # What is compared between tools: model, method, batch × length.
@@ -55,19 +55,19 @@ class Config:
     parts: tuple[Part, ...] = get_args(Part)
     """ceilings: what the hardware can do. speed: every rung at five shapes. peers: transformers + peft at these shapes.
     rungs: do all of them train alike? longest: memory against sequence length. small: 8B and 70B under small caps.
-    full: every weight trained."""
+    full: every weight trained. vlm: LLaVA-1.5-7B, an image in each row."""
     only: tuple[str, ...] = ()
-    """speed, peers, rungs, full: only rows whose printed line contains one of these texts, such as "2x2048, fast"."""
+    """speed, peers, rungs, full, vlm: only rows whose printed line contains one of these texts (2x2048, fast)."""
     steps: int = 13
     """Steps per measurement; the first three are not timed."""
     activations_gib: tuple[float, ...] = ()
-    """speed: measure offload also with as many blocks kept as with fast as fit into this memory."""
+    """speed, vlm: measure offload also with as many blocks kept as with fast as fit into this memory."""
     activations_host_gib: float = 0.0
-    """speed: the same, and offload alone, also with this much host memory for what attention made."""
+    """speed, vlm: the same, and offload alone, also with this much host memory for what attention made."""
     embedding: Literal["resident", "host"] = "resident"
-    """speed: where the input embedding lives (longest and small: always on the host)."""
+    """speed, vlm: where the input embedding lives (longest and small: always on the host)."""
     quantize_head: bool = False
-    """speed, longest, small: with NF4 weights the head is in 4 bits, too."""
+    """speed, longest, small, vlm: with NF4 weights the head is in 4 bits, too."""
     cap_gib: tuple[float, ...] = (8, 12, 16, 24)
     """longest: card sizes for which to say the longest sequence."""
     fit_lengths: tuple[int, ...] = (16384, 32768, 65536)
@@ -219,6 +219,19 @@ def measure_full(cfg: Config, machine: Machine, results: Results) -> None:
         add(results, "full", row, attempt(machine, build_and_train, row, machine, steps=min(cfg.steps, 8)))
 
 
+def measure_vlm(cfg: Config, machine: Machine, results: Results) -> None:
+    """Speed and memory, the longest sequence, and whether decoding images hides behind the work."""
+    options = dict(steps=cfg.steps, budgets=cfg.activations_gib, host_gib=cfg.activations_host_gib)
+    options |= dict(embedding=cfg.embedding, head=cfg.quantize_head)
+    for settings, measurement in vlm.measurements(machine, **options):
+        name = settings["name"]
+        if not cfg.only or any(o.replace("×", "x") in name.replace("×", "x") for o in cfg.only):
+            figures = attempt(machine, measurement)
+            results.add("vlm", settings, figures)
+            idle = f", GPU idle {figures['idle_share']:.1%}" if "idle_share" in figures else ""
+            print(f"vlm: {name}: {in_short(figures)}{idle}", flush=True)
+
+
 PARTS: dict[Part, Callable[[Config, Machine, Results], None]] = {
     "ceilings": measure_ceilings,
     "speed": measure_speed,
@@ -227,6 +240,7 @@ PARTS: dict[Part, Callable[[Config, Machine, Results], None]] = {
     "longest": measure_longest,
     "small": measure_small,
     "full": measure_full,
+    "vlm": measure_vlm,
 }
 
 

@@ -7,6 +7,7 @@ bitsandbytes' NF4 with double quantisation and is left out where that is not ins
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -72,17 +73,18 @@ def make_model(row: Row, machine: Machine) -> nn.Module:
     with machine.device:
         model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype, attn_implementation="sdpa")
     if row.quantize == "nf4":
-        _quantize(model, machine)
+        quantize_blocks(model.model.layers, machine)
+        model.is_loaded_in_4bit = True  # peft asks for it
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lora = LoraConfig(r=row.rank, lora_alpha=2 * row.rank, target_modules=list(ALL_LINEAR), task_type="CAUSAL_LM")
     return get_peft_model(model, lora).train()
 
 
-def _quantize(model: nn.Module, machine: Machine) -> None:
+def quantize_blocks(blocks: Iterable[nn.Module], machine: Machine) -> None:
     """What from_pretrained with a BitsAndBytesConfig does to the blocks' linear layers."""
     import bitsandbytes as bnb
 
-    for layer in model.model.layers:
+    for layer in blocks:
         for name, dense in list(layer.named_modules()):
             if type(dense) is not nn.Linear:
                 continue
@@ -94,4 +96,3 @@ def _quantize(model: nn.Module, machine: Machine) -> None:
             linear.weight = weight.to(machine.device)  # quantises
             parent, _, leaf = name.rpartition(".")
             setattr(layer.get_submodule(parent), leaf, linear)
-    model.is_loaded_in_4bit = True  # peft asks for it

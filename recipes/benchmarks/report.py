@@ -84,7 +84,7 @@ def tables(data: dict) -> str:
     """All that was measured, as markdown."""
     machine = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
     makers = {"ceilings": _ceilings, "speed": _speed, "rungs": _rungs, "longest_fit": _longest}
-    makers |= {"small": _small, "full": _full}
+    makers |= {"small": _small, "full": _full, "vlm": _vlm}
     parts = [make(data) for part, make in makers.items() if part in data or (part == "speed" and "peers" in data)]
     return "\n\n".join([f"{machine}; {data['runs'][-1]['date']}", *parts])
 
@@ -203,6 +203,16 @@ def _full(data: dict) -> str:
         speed = row.get("failed") or _number(row["tokens_per_second"])
         rows.append([described.column, described.optimizer, described.way, speed, *figures])
     return _table(["model", "optimizer", "activations", "tokens/s", "peak GiB", "card GiB", "host GiB"], rows)
+
+
+def _vlm(data: dict) -> str:
+    rows = []
+    for row in data["vlm"]:
+        speed = row.get("failed") or _number(row["tokens_per_second"])
+        figures = [_number(row.get(name), 2) for name in ("peak_gib", "card_gib", "host_gib")]
+        idle = f"{row['idle_share']:.1%}" if "idle_share" in row else ""
+        rows.append([row["settings"]["name"], speed, *figures, idle])
+    return _table(["LLaVA-1.5, an image in each row", "tokens/s", "peak GiB", "card GiB", "host GiB", "GPU idle"], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from models import build_model
 from models.llama import LlamaConfig
 from recipes import benchmark
-from recipes.benchmarks import card, measure, report
+from recipes.benchmarks import card, measure, report, vlm
 from recipes.benchmarks.measure import Machine, Row
 from tests.tiny import run_recipe
 
@@ -29,12 +29,13 @@ def dry(tmp_path_factory):
     """All parts, on a few rows."""
     path = tmp_path_factory.mktemp("benchmark") / "results.json"
     only = ["1B LoRA", "8B QLoRA 2x2048, offload", "8B QLoRA 2x2048, none", "1B full 1x2048", "8B full 1x2048"]
+    only += ["7B LoRA", "7B QLoRA 1x"]
     return run(path, "--only", *only, "--activations-gib", 0.001, "--confirm-gib", 8)
 
 
 def test_every_part_runs_on_the_cpu(dry):
     data, done = dry
-    parts = ("speed", "peers", "rungs", "longest", "small", "full")
+    parts = ("speed", "peers", "rungs", "longest", "small", "full", "vlm")
     for part in parts:
         assert data[part]
         for row in data[part]:
@@ -64,6 +65,41 @@ def test_streamed_and_resident_models_are_the_same(dry):
     for length in (64, 256):
         assert len(losses["stream", length]) == 4
         assert losses["stream", length] == pytest.approx(losses["resident", length], rel=1e-5)
+
+
+def test_rows_with_images(dry):
+    data, done = dry
+    rows = {row["settings"]["name"]: row for row in data["vlm"]}
+    assert [row["settings"]["measurement"] for row in data["vlm"]] == ["speed"] * 4 + ["peers", "loading"] + [
+        "longest"
+    ] * 2
+    # The first two steps of every rung on the same batch from the same weights; the last is the loader's own batch.
+    ways = [row["losses"] for name, row in rows.items() if "hand-written" in name and "4×1024" in name]
+    assert all(losses == pytest.approx(ways[0], rel=1e-5) for losses in ways[:4])
+    assert ways[4] != pytest.approx(ways[0], rel=1e-5)
+    loading = rows["7B LoRA 4×1024, lean, hand-written, JPEG files"]
+    waited = 1 - loading["tokens_per_second"] / loading["tokens_per_second_preloaded"]
+    assert loading["idle_share"] == pytest.approx(waited, abs=1e-3)
+    assert "| 7B LoRA 4×1024, transformers + peft |" in done.stdout
+
+
+def test_longest_row_with_an_image_follows_from_the_line(tmp_path, monkeypatch):
+    """A card that takes 3.2 GiB + 80 MB per token: the dry run's short rows then fill 24 GiB."""
+    honest = measure.run_steps
+
+    def run_steps(step, *, tokens, **settings):
+        return honest(step, tokens=tokens, **settings) | {"card_gib": 3.2 + tokens * 8e7 / GIB}
+
+    monkeypatch.setattr(measure, "run_steps", run_steps)
+    monkeypatch.setattr(vlm, "LENGTHS", (64, 128))
+    data, _ = run(tmp_path / "results.json", "--parts", "vlm", "--only", "7B QLoRA 1x")
+    first, second, capped = data["vlm"]
+    assert (first["settings"]["length"], second["settings"]["length"]) == (64, 128)
+    room = 24 - card.SPARE_BYTES / GIB - 3.2
+    assert capped["settings"]["length"] == int(room * GIB / 8e7) // 64 * 64 == 256
+    assert capped["within_cap"] is True and capped["settings"]["cap_gib"] == 24
+    assert capped["fixed_gib"] == pytest.approx(3.2, abs=1e-3)
+    assert capped["kb_per_token"] == pytest.approx(8e4, rel=1e-3)
 
 
 def test_percentages_are_operations_over_the_ceiling(dry):
