@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from checkpointing.pretrained import read_json
 from checkpointing.safetensors_file import specs_of, write_safetensors
-from modules import whole_modules
+from modules import token_rows, whole_modules
 from modules.lora_peft import read_layers
 from modules.methods import find_method, method_of
 from modules.vocabulary import fit_vocabulary
@@ -28,8 +28,9 @@ def save_adapter(folder: Path, model: nn.Module, *, base: str, chat_template: st
     Where PEFT has the method, `peft.PeftModel.from_pretrained` opens the folder over `base`.
     """
     fields, tensors = find_method(getattr(model, "method", "lora")).export(model)
-    whole, whole_tensors = whole_modules.export(model)
-    fields, tensors = fields | whole, tensors | whole_tensors
+    for beside in (whole_modules, token_rows):
+        more_fields, more_tensors = beside.export(model)
+        fields, tensors = fields | more_fields, tensors | more_tensors
     config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True} | fields
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / TENSORS, specs_of(tensors), tensors.__getitem__)
@@ -49,12 +50,18 @@ def load_adapter(
     config, tensors = read_folder(folder)
     with _explained(folder):
         method = method or method_of(config)
-        beside = fit_vocabulary(model, tensors)
+        indices = token_rows.find_saved(config)
+        beside = fit_vocabulary(model, tensors, rows=1 + max((i for ids in indices.values() for i in ids), default=-1))
         whole = whole_modules.find_saved(model, config)
         beside |= {key for keys in whole.values() for key in keys}
+        # Of a resized vocabulary peft saves the same matrices a second and third time.
+        copies = (token_rows.KEY, ".modules_to_save.weight", ".original_module.weight")
+        beside |= {key for key in tensors if key.endswith(copies)}
         own = {key: tensor for key, tensor in tensors.items() if key not in beside}
-        names = find_method(method).load(model, config | {"modules_to_save": None}, own, dtype)
+        plain = config | {"modules_to_save": None, "trainable_token_indices": None}
+        names = find_method(method).load(model, plain, own, dtype)
         names += whole_modules.load(model, whole, tensors)
+        names += token_rows.load(model, indices, tensors, dtype)
     model.method = method
     return names
 

@@ -49,6 +49,7 @@ class Tokenizer:
         added: list[AddedToken],
     ):
         self.model, self.decoder = model, decoder
+        self.added = {token.content: token for token in added}
         self.special_tokens = {token.content: token.id for token in added}
         self.control_tokens = {token.content: token.id for token in added if token.special}
         self.token_of_id = {i: token for token, i in model.vocab.items()}

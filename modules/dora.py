@@ -33,6 +33,8 @@ from modules.lora import LoRALinear
 class DoRALinear(LoRALinear):
     """A frozen linear layer with a trained direction, `lora_A` and `lora_B`, and length, `lora_magnitude_vector`."""
 
+    embedding = None
+
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype):
         super().__init__(base, rank, alpha, dropout, dtype)
         norm_squared = self.dense_weight().detach().float().square().sum(1)

@@ -59,8 +59,11 @@ class IncrementalPCA:
 def add(model: nn.Module, options: Options) -> list[str]:
     if options.batches is None:
         raise ValueError("--method eva begins with training data: it needs options.batches")
+    if options.rank_pattern or options.alpha_pattern:
+        raise ValueError("--method eva divides the ranks itself: leave out --rank-pattern and --alpha-pattern")
     base = dict(model.named_modules())
-    layers = {name: base[name] for name in lora_peft.add(model, options)}  # frozen layers, before their adapters
+    names = lora_peft.add(model, options)
+    layers = {name: base[name] for name in lora_layers(model)}  # frozen layers, before their adapters
     found = components(model, lora_layers(model), options.batches, round(MOST * options.rank))
     ranked = sorted(((share, name) for name, pca in found.items() for share in pca.shares()), reverse=True)
     ranks = Counter(name for _, name in ranked[: options.rank * len(layers)])
@@ -72,7 +75,7 @@ def add(model: nn.Module, options: Options) -> list[str]:
             with torch.no_grad():
                 layer.lora_A.weight.copy_(found[name].Vt[:rank])
         setattr(model.get_submodule(parent), leaf, layer)
-    return [name for name in layers if ranks[name]]
+    return [name for name in names if name not in layers or ranks[name]]
 
 
 @torch.no_grad()

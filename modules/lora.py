@@ -7,11 +7,14 @@ gradients and optimizer states. Over an NF4 weight the same layer is QLoRA (arXi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from modules.lora_embedding import LoRAEmbedding
+from modules.peft_names import look_up
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -22,6 +25,9 @@ class LoRALinear(nn.Linear):
     `weight` and `bias` keep their names, so the base checkpoint's keys still fit; the adapter adds `lora_A.weight` and
     `lora_B.weight`, PEFT's names. The adapter is float32 unless said otherwise and is cast to x's dtype where used.
     """
+
+    embedding: type[LoRAEmbedding] | None = LoRAEmbedding
+    """What this class is for an embedding; None: it has no such form."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
@@ -84,11 +90,14 @@ def add_lora(
     targets: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
     layer: type[LoRALinear] = LoRALinear,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> list[str]:
     """Freeze the model and replace its target layers by LoRALinear (or a relative, `layer`); returns their names.
 
-    A target is a layer's full name or its last components (`q_proj`, `self_attn.q_proj`, `lm_head`). Raises ValueError
-    for a target that names no linear layer. None stands for every linear layer of the blocks.
+    A target is a layer's full name or its last components (`q_proj`, `self_attn.q_proj`, `lm_head`, `embed_tokens`).
+    None stands for every linear layer of the blocks. The patterns give layers named likewise another rank or alpha.
+    Raises ValueError for a target that names no layer, and for a pattern that names none of the targets.
     """
     targets = ALL_LINEAR if targets is None else targets
     if rank < 1:
@@ -97,15 +106,25 @@ def add_lora(
         raise ValueError(f"--dropout {dropout} must lie in [0, 1)")
     if not targets:
         raise ValueError("--targets is empty: name at least one linear layer, such as q_proj")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     names = [name for name in layers if any(_names(target, name) for target in targets)]
     if unknown := [target for target in targets if not any(_names(target, name) for name in layers)]:
         known = sorted({name.rpartition(".")[2] for name in layers})
         raise ValueError(f"--targets {', '.join(unknown)} name no linear layer; the model has {', '.join(known)}")
+    for flag, pattern in (("--rank-pattern", rank_pattern), ("--alpha-pattern", alpha_pattern)):
+        if unknown := [key for key in pattern or {} if not any(look_up({key: True}, name, False) for name in names)]:
+            raise ValueError(f"{flag} {', '.join(unknown)} names no layer that --targets names")
     model.requires_grad_(False)
     for name in names:
+        own_rank, own_alpha = look_up(rank_pattern, name, rank), look_up(alpha_pattern, name, alpha)
+        if isinstance(layers[name], nn.Linear):
+            new = layer(layers[name], own_rank, own_alpha, dropout, dtype)
+        elif embedding := getattr(layer, "embedding", None):
+            new = embedding(layers[name], own_rank, own_alpha, dtype)
+        else:
+            raise ValueError(f"--targets {name} is an embedding, for which {layer.__name__} has no form")
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer(layers[name], rank, alpha, dropout, dtype))
+        setattr(model.get_submodule(parent), leaf, new)
     return names
 
 

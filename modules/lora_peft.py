@@ -1,15 +1,17 @@
 """LoRA in the table of methods, and on disk: PEFT's LoraConfig, which most of LoRA's relatives share.
 
-A layer's tensors are `lora_A.weight` [r, in] and `lora_B.weight` [out, r] behind its name; relatives add theirs. The
-config holds one rank, alpha and dropout, and patterns for the layers that have others.
+A layer's tensors are `lora_A.weight` [r, in] and `lora_B.weight` [out, r] behind its name, an embedding's
+`lora_embedding_A` [r, V] and `lora_embedding_B` [D, r]; relatives add theirs. The config holds one rank, alpha and
+dropout, and patterns for the layers that have others.
 """
 
 import torch
 from torch import Tensor, nn
 
 from modules.lora import LoRALinear, add_lora, lora_layers
+from modules.lora_embedding import LoRAEmbedding, lora_embeddings
 from modules.methods import Options
-from modules.peft_names import PREFIX, look_up, target_modules
+from modules.peft_names import PREFIX, look_up, shorten_pattern, target_modules
 
 # Features of PEFT's LoraConfig that change the arithmetic and that LoRALinear does not have.
 UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "use_qalora")
@@ -21,21 +23,23 @@ OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def add(model: nn.Module, options: Options, layer: type[LoRALinear] = LoRALinear) -> list[str]:
     sizes = dict(rank=options.rank, alpha=options.alpha, dropout=options.dropout)
+    sizes |= dict(rank_pattern=options.rank_pattern, alpha_pattern=options.alpha_pattern)
     return add_lora(model, **sizes, targets=options.targets, dtype=options.dtype, layer=layer)
 
 
 def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
-    layers = lora_layers(model)
+    layers = lora_layers(model) | lora_embeddings(model)
     tensors = {f"{PREFIX}{name}.{key}": p for name, layer in layers.items() for key, p in adapter_of(layer).items()}
-    first = next(iter(layers.values()))
+    rank, rank_pattern = shorten_pattern({name: layer.rank for name, layer in layers.items()})
+    alpha, alpha_pattern = shorten_pattern({name: layer.alpha for name, layer in layers.items()})
     config = {
         "peft_type": "LORA",
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout.p,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": next((layer.dropout.p for layer in lora_layers(model).values()), 0.0),
         "target_modules": target_modules(layers, (name for name, _ in model.named_modules())),
-        "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != first.rank},
-        "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -65,20 +69,23 @@ def load(
     """
     settings, tensors = read_layers(config, tensors)
     model.requires_grad_(False)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     new, wrong = {}, []
     for name, setting in settings.items():
-        shapes = [tuple(tensors[f"{name}.lora_{x}.weight"].shape) for x in "AB"]
-        if name not in linear:
+        if name not in modules:
             wrong.append(f"{name} (no such linear layer)")
-        elif (shapes[0][1], shapes[1][0]) != (linear[name].in_features, linear[name].out_features):
-            wrong.append(f"{name} (A {shapes[0]}, B {shapes[1]}, layer {tuple(linear[name].weight.shape)})")
+            continue
+        sizes = (setting["rank"], setting["alpha"])
+        if isinstance(modules[name], nn.Linear):
+            new[name] = layer(modules[name], *sizes, 0.0, dtype)
+        elif layer.embedding is not None:
+            new[name] = layer.embedding(modules[name], *sizes, dtype)
         else:
-            new[name] = layer(linear[name], setting["rank"], setting["alpha"], 0.0, dtype)
-            wanted = {f"{name}.{key}": tuple(p.shape) for key, p in adapter_of(new[name]).items()}
-            found = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key.startswith(f"{name}.lora_")}
-            if found != wanted:
-                wrong.append(f"{name} (it holds {found}, expected {wanted})")
+            raise ValueError(f"it adapts {name}, an embedding, for which {layer.__name__} has no form")
+        wanted = {f"{name}.{key}": tuple(p.shape) for key, p in adapter_of(new[name]).items()}
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key.startswith(f"{name}.lora_")}
+        if found != wanted:
+            wrong.append(f"{name} (it holds {found}, expected {wanted})")
     if wrong:
         raise ValueError(f"it does not fit this model: {', '.join(wrong)}")
     for name, module in new.items():
@@ -90,7 +97,7 @@ def load(
     return list(new)
 
 
-def adapter_of(layer: LoRALinear) -> dict[str, nn.Parameter]:
+def adapter_of(layer: LoRALinear | LoRAEmbedding) -> dict[str, nn.Parameter]:
     """A layer's own parameters, without those of the layer that it adapts."""
     return {key: p for key, p in layer.named_parameters() if key.startswith("lora_")}
 
@@ -116,9 +123,12 @@ def read_layers(config: dict, tensors: dict[str, Tensor]) -> tuple[dict[str, dic
     settings = {}
     for name in sorted({key.partition(".lora_")[0] for key in tensors}):
         found = sorted(key for key in tensors if key.startswith(f"{name}.lora_"))
-        if not {f"{name}.lora_A.weight", f"{name}.lora_B.weight"} <= set(found):
+        A, B = (f"{name}.lora_{x}.weight" for x in "AB")
+        if f"{name}.lora_embedding_A" in found:
+            A, B = (f"{name}.lora_embedding_{x}" for x in "AB")
+        if not {A, B} <= set(found):
             raise ValueError(f"{name} has {found}, expected lora_A.weight and lora_B.weight")
-        shapes = [tuple(tensors[f"{name}.lora_{x}.weight"].shape) for x in "AB"]
+        shapes = [tuple(tensors[key].shape) for key in (A, B)]
         if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][1]:
             raise ValueError(f"{name} has A {shapes[0]} and B {shapes[1]}, which share no rank")
         rank = shapes[0][0]

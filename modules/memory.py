@@ -39,7 +39,8 @@ def plan_memory(
     D, F = config.hidden_size, config.intermediate_size
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     away = set(streamed.names) if streamed else set()
-    if isinstance(model.model.embed_tokens, HostEmbedding):
+    embedding = model.model.embed_tokens
+    if issubclass(getattr(embedding, "base_class", type(embedding)), HostEmbedding):
         away.add("model.embed_tokens.weight")
     parameters = dict(model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]

@@ -21,6 +21,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from modules.lora import lora_layers
+
 METHODS = {
     "lora": "modules.lora_peft",
     "rslora": "modules.rslora",
@@ -54,6 +56,10 @@ class Options:
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
     """Modules to change, by name. None: those that the method stands for, of LoRA every linear layer of the blocks."""
+    rank_pattern: dict[str, int] | None = None
+    """Layers of LoRA and its relatives that get another rank, by name …"""
+    alpha_pattern: dict[str, float] | None = None
+    """… or another alpha."""
     dtype: torch.dtype = torch.float32
     """Of what is trained."""
     num_virtual_tokens: int = 20
@@ -88,4 +94,6 @@ def method_of(config: dict) -> str:
 def add_method(model: nn.Module, name: str, options: Options) -> None:
     """Put a method into a model; the model remembers which, for saving."""
     find_method(name).add(model, options)
+    if (options.rank_pattern or options.alpha_pattern) and not lora_layers(model):
+        raise ValueError(f"--rank-pattern and --alpha-pattern are LoRA's: --method {name} has no such layers")
     model.method = name

@@ -1,7 +1,8 @@
 """How PEFT names tensors and the modules that it adapts. Our module names are transformers' own: nothing is renamed."""
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 PREFIX = "base_model.model."  # stands before a module's name in adapter_model.safetensors
 
@@ -22,3 +23,30 @@ def look_up(patterns: dict | None, name: str, default: float) -> float:
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
+
+
+def shorten_pattern(sizes: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """The most common of the layers' sizes (ranks, alphas), and a pattern for the others: short names where they do."""
+    common = Counter(sizes.values()).most_common(1)[0][0]
+    pattern = {}
+    for name, size in sizes.items():
+        short = name.rpartition(".")[2]
+        alike = {sizes[other] for other in sizes if other.rpartition(".")[2] == short} == {size}
+        if size != common:
+            pattern[short if alike else name] = size
+    return common, pattern
+
+
+def read_pattern(flag: str, items: Sequence[str], kind: type = float) -> dict[str, float]:
+    """`q_proj=8 down_proj=32` of a command line. Raises ValueError for an item that is not NAME=NUMBER."""
+    pattern = {}
+    for item in items:
+        name, _, number = item.rpartition("=")
+        try:
+            pattern[name] = kind(number)
+            re.compile(name)
+        except (ValueError, re.error):
+            pattern[name] = 0
+        if not name or pattern[name] <= 0:
+            raise ValueError(f"{flag} {item} is not NAME=NUMBER, such as q_proj=8, with a number above 0")
+    return pattern

@@ -34,6 +34,8 @@ NEEDS_DENSE = True
 class PiSSALinear(LoRALinear):
     """A LoRALinear that has taken its start out of the frozen weight."""
 
+    embedding = None
+
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype):
         super().__init__(base, rank, alpha, dropout, dtype)
         if rank > min(self.in_features, self.out_features):
@@ -100,7 +102,10 @@ def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     for name, layer in lora_layers(model).items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.cat([layer.lora_A.weight, layer.start_A])
         tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.cat([layer.lora_B.weight, -layer.start_B], dim=1)
-    return config | {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}, tensors
+    sizes = {key: 2 * config[key] for key in ("r", "lora_alpha")}
+    for key in ("rank_pattern", "alpha_pattern"):
+        sizes[key] = {name: 2 * size for name, size in config[key].items()}
+    return config | sizes, tensors
 
 
 def opens(config: dict, start: str = "pissa") -> bool:

@@ -18,9 +18,18 @@ from torch import Tensor, nn
 
 from modules import lora_peft
 from modules.lora import LoRALinear
+from modules.lora_embedding import LoRAEmbedding
+
+
+class RSLoRAEmbedding(LoRAEmbedding):
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank**0.5
 
 
 class RSLoRALinear(LoRALinear):
+    embedding = RSLoRAEmbedding
+
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank**0.5

@@ -25,6 +25,7 @@ def untie_head(model: nn.Module) -> None:
     if is_tied(model):
         weight = model.lm_head.weight
         model.lm_head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        model.was_tied = True
     _change_config(model, tie_word_embeddings=False)
 
 
@@ -47,7 +48,7 @@ def grow_vocabulary(model: nn.Module, rows: int) -> int:
     tied = is_tied(model)
     for module in (embedding,) if tied else (embedding, model.lm_head):
         weight = module.weight
-        mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
+        mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
         longer = torch.cat([weight.detach(), mean.expand(added, -1)])
         module.weight = nn.Parameter(longer, requires_grad=weight.requires_grad)
     if tied:

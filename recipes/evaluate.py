@@ -26,7 +26,7 @@ from data.batches import Batches
 from data.chat_templates import load_chat_template
 from data.dataset import load_dataset
 from data.images import load_image_processor
-from data.tokenizers import load_tokenizer
+from data.new_tokens import load_trained_tokenizer
 from models import build_model
 from models.vision_language import VisionLanguageModel
 from modules.device import pick_device, pick_dtype
@@ -69,7 +69,7 @@ def main(cfg: Config) -> None:
     config = read_config(folder)
     model = build_model(config)
     sees = isinstance(model, VisionLanguageModel)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_trained_tokenizer(folder, cfg.adapter)
     dataset = load_dataset(
         cfg.data,
         tokenizer,
@@ -82,7 +82,6 @@ def main(cfg: Config) -> None:
         image_root=cfg.image_root,
         virtual_ids=placeholders(count_virtual_tokens(cfg.adapter), model.config.vocab_size),
     )
-    dataset.check_vocabulary(model.config.vocab_size)
     for line in dataset.report.lines():
         print(line, file=sys.stderr)
     if (longest := int(max(dataset.lengths))) > model.config.max_length:
@@ -96,6 +95,7 @@ def main(cfg: Config) -> None:
     load_weights(model, WeightFiles(folder), device=device, dtype=dtype)
     if cfg.adapter:
         load_adapter(model, cfg.adapter)
+    dataset.check_vocabulary(model.config.vocab_size)
     batches = Batches(dataset, batch_size=cfg.batch_size)
     progress = tqdm(batches.one_epoch(), total=len(batches.plan(0)), unit="batch", disable=None)
     loss, tokens = evaluate_loss(model, progress, device, dtype)

@@ -23,7 +23,7 @@ from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights,
 from data.chat_templates import load_chat_template, stop_token_ids
 from data.image_files import load_image
 from data.images import load_image_processor
-from data.tokenizers import load_tokenizer
+from data.new_tokens import load_trained_tokenizer
 from models import build_model
 from models.vision_language import VisionLanguageModel
 from modules.device import pick_device, pick_dtype
@@ -73,7 +73,7 @@ def main(cfg: Config) -> None:
     sees = isinstance(model, VisionLanguageModel)
     if cfg.image and not sees:
         raise ValueError(f"--image: {cfg.model} is a {type(model).__name__}, which sees nothing")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_trained_tokenizer(folder, cfg.adapter)
     template = None if cfg.raw else load_chat_template(folder, tokenizer, cfg.chat_format, extra_folder=cfg.adapter)
     if cfg.quantize == "nf4":
         from modules.nf4 import quantize_nf4  # torchao takes seconds to import

@@ -33,6 +33,7 @@ from checkpointing.training_state import load_training_state, save_training_stat
 from data.batches import Batches, fit_seq_len
 from data.chat_templates import load_chat_template, stop_token_ids
 from data.dataset import load_dataset
+from data.new_tokens import add_tokens, read_tokens, save_tokenizer
 from data.tokenizers import load_tokenizer
 from models import build_model
 from modules.activations import keep_activations
@@ -46,8 +47,11 @@ from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory
 from modules.methods import METHODS, Options, add_method, find_method
 from modules.optim import build_optimizer, learning_rate
+from modules.peft_names import read_pattern
 from modules.step_in_backward import step_in_backward
+from modules.token_rows import train_token_rows
 from modules.virtual_tokens import placeholders
+from modules.vocabulary import grow_vocabulary
 from modules.weight_streaming import stream_weights
 from modules.whole_modules import train_whole_modules
 
@@ -111,8 +115,14 @@ class Config:
     """Dropout on the adapters' input."""
     targets: tuple[str, ...] | None = None
     """Modules to change, by name: q_proj, self_attn.q_proj, or a full name; default: the method's own choice."""
+    rank_pattern: tuple[str, ...] = ()
+    """Layers of LoRA and its relatives with another rank: q_proj=8 layers.0.mlp.down_proj=32 …"""
+    alpha_pattern: tuple[str, ...] = ()
+    """Layers with another alpha, likewise."""
     modules_to_save: tuple[str, ...] = ()
     """Modules to train whole beside that, by name: norm, lm_head, embed_tokens …"""
+    new_tokens: tuple[str, ...] = ()
+    """Special tokens that the model does not know, or a file of them: their rows, and no others, are trained, too."""
     num_virtual_tokens: int | None = None
     """Of prompt, p-tuning and prefix, in front of every row; --seq-len counts them. Default: --prompt-text's, or 20."""
     prompt_init: Literal["vocabulary", "random", "text"] = "vocabulary"
@@ -197,11 +207,14 @@ def train(cfg: Config, run: RunFolder) -> None:
     model = build_model(config)  # on the meta device: shapes only
     seq_len = fit_seq_len(cfg.seq_len, model.config.max_length)
     tokenizer = load_tokenizer(folder)
+    tokenizer, new_rows = add_tokens(tokenizer, read_tokens(cfg.new_tokens), model.config.vocab_size)
     template = load_chat_template(folder, tokenizer, cfg.chat_format, now=run.started)
     method, virtual_ids = find_method(cfg.method), []
     prompt_ids = tokenizer.encode_prompt(cfg.prompt_text) if cfg.prompt_text else []
     num_virtual_tokens = len(prompt_ids) or 20 if cfg.num_virtual_tokens is None else cfg.num_virtual_tokens
     if getattr(method, "VIRTUAL_TOKENS", False):
+        if new_rows:
+            raise ValueError(f"--new-tokens does not go with --method {cfg.method}, whose tokens take the same ids")
         virtual_ids = placeholders(num_virtual_tokens, model.config.vocab_size)
     rows = dict(
         virtual_ids=virtual_ids,
@@ -214,7 +227,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     dataset = load_dataset(cfg.data, tokenizer, template, **rows)
     eval_dataset = load_dataset(cfg.eval_data, tokenizer, template, **rows) if cfg.eval_data else None
     for loaded in filter(None, (dataset, eval_dataset)):
-        loaded.check_vocabulary(model.config.vocab_size)
+        loaded.check_vocabulary(max([model.config.vocab_size, *(row + 1 for row in new_rows)]))
         for line in loaded.report.lines():
             say(line)
     # Few different lengths on CUDA, where each one may cost a compilation.
@@ -256,18 +269,24 @@ def train(cfg: Config, run: RunFolder) -> None:
     load_weights(model, weights, device=device, dtype=dtype, placed=streamed.take if streamed else None)
     if streamed:
         say(streamed.describe())
+    if new_rows:
+        added = grow_vocabulary(model, max(new_rows) + 1)
+        say(f"new tokens: rows {new_rows} are trained, {added} of them begin as the mean of the old ones")
 
     # -----------------------------------------------------------------------------------------------------------------
     # 5 Adapters / quantisation
     first_batches = (b.to(device, dtype) for _, _, step in islice(batches.steps(0, 0), START_STEPS) for b in step)
     sizes = dict(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout, targets=cfg.targets)
     start = dict(dtype=DTYPES[cfg.adapter_dtype], quantize=quantized, batches=first_batches)
+    sizes |= dict(rank_pattern=read_pattern("--rank-pattern", cfg.rank_pattern, int))
+    sizes |= dict(alpha_pattern=read_pattern("--alpha-pattern", cfg.alpha_pattern))
     virtual = dict(num_virtual_tokens=num_virtual_tokens, prompt_init=cfg.prompt_init, prompt_ids=prompt_ids)
     virtual |= dict(prompt_encoder=cfg.prompt_encoder, encoder_size=cfg.encoder_size)
     add_method(model, cfg.method, Options(**sizes, **start, **virtual))
     if quantized and needs_dense:
         quantize_nf4(model)  # what has no adapter
     train_whole_modules(model, cfg.modules_to_save)
+    train_token_rows(model, new_rows, DTYPES[cfg.adapter_dtype])
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = method.parameter_groups(trainable, cfg.lr) if hasattr(method, "parameter_groups") else None
     say(f"training {sum(p.numel() for p in trainable.values()):,} of {count(model):,} parameters")
@@ -326,6 +345,8 @@ def train(cfg: Config, run: RunFolder) -> None:
     def save_result() -> None:
         with atomic_folder(run.adapter) as target:
             save_adapter(target, model, base=cfg.model, chat_template=chat_template)
+            if new_rows:
+                save_tokenizer(target, tokenizer, source=folder)
 
     run.rehearse(save_result)  # a save that cannot work fails now, not after the training
 

@@ -1,0 +1,124 @@
+"""peft_finetune.py beyond the blocks' linear layers: embeddings, ranks of their own, whole modules, new tokens."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import losses, make_checkpoint, read_metrics, run_recipe, sums, write_rows
+
+TOOLS = [
+    {"prompt": row["prompt"] + " <tool>", "completion": "<tool>" + row["completion"] + "</tool>"} for row in sums(24)
+]
+NEW = ("--new-tokens", "<tool>", "</tool>")
+WHAT = {
+    "embedding and head": ("--targets", "q_proj", "down_proj", "embed_tokens", "lm_head"),
+    "patterns": ("--rank-pattern", "q_proj=2", "down_proj=6", "--alpha-pattern", "k_proj=3"),
+    "whole modules": ("--modules-to-save", "norm", "lm_head", "embed_tokens"),
+    "new tokens": NEW,
+    "new tokens, the head whole": (*NEW, "--modules-to-save", "lm_head"),
+}
+# Measures that each must train under as without it.
+MEASURES = {
+    "embedding and head": ("--fused", "--activations", "offload", "--embedding", "host"),
+    "patterns": ("--fused", "--activations", "lean", "--weights", "stream"),
+    "whole modules": ("--fused", "--activations", "fast"),
+    "new tokens": ("--fused", "--activations", "lean", "--weights", "stream"),
+    "new tokens, the head whole": ("--activations", "fast", "--embedding", "host"),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("beyond")
+    make_checkpoint(folder / "untied")
+    make_checkpoint(folder / "tied", tie_word_embeddings=True)
+    write_rows(folder / "rows.jsonl", TOOLS)
+    return folder
+
+
+def train(base, output, model, *flags, steps=6):
+    return run_recipe(
+        "peft_finetune",
+        *("--model", base / model, "--data", base / "rows.jsonl", "--eval-data", base / "rows.jsonl"),
+        *("--output", output, "--device", "cpu", "--rank", "4", "--alpha", "8", "--epochs", "9", "--seq-len", "64"),
+        *("--batch-size", "4", "--schedule", "constant", "--lr", "3e-3", "--save-every", "3", "--max-steps", steps),
+        *flags,
+    )
+
+
+def evaluated(folder):
+    (loss,) = [row["eval_loss"] for row in read_metrics(folder) if "eval_loss" in row]
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("what", "model"), [(w, m) for w in WHAT for m in ("untied", "tied") if m == "untied" or "the head whole" not in w]
+)
+def test_trains_resumes_and_opens(base, tmp_path, what, model):
+    train(base, tmp_path / "whole", model, *WHAT[what])
+    assert evaluated(tmp_path / "whole") < losses(tmp_path / "whole")[0]
+    flags = ("--model", base / model, "--data", base / "rows.jsonl", "--device", "cpu")
+    found = json.loads(run_recipe("evaluate", *flags, "--adapter", tmp_path / "whole/adapter").stdout)
+    assert found["loss"] == pytest.approx(evaluated(tmp_path / "whole"), rel=1e-5)
+
+    train(base, tmp_path / "run", model, *WHAT[what], steps=3)
+    train(base, tmp_path / "run", model, *WHAT[what], "--resume")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    adapters = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "run")]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0] | adapters[1])
+
+    # in transformers and peft: the same loss over one row
+    adapter = tmp_path / "whole/adapter"
+    theirs = AutoModelForCausalLM.from_pretrained(base / model)
+    if "new tokens" in what:
+        theirs.resize_token_embeddings(len(AutoTokenizer.from_pretrained(adapter)))
+    theirs = PeftModel.from_pretrained(theirs, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(adapter if "new tokens" in what else base / model)
+    text = TOOLS[5]["prompt"] + TOOLS[5]["completion"]
+    ids = torch.tensor([tokenizer(text).input_ids])
+    data = write_rows(tmp_path / "row.jsonl", [{"text": text}])
+    ours = run_recipe("evaluate", *flags[:2], "--data", data, *flags[4:], "--adapter", adapter, "--train-on", "all")
+    ids = torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
+    assert json.loads(ours.stdout)["loss"] == pytest.approx(theirs(ids, labels=ids).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_under_memory_measures(base, tmp_path, what):
+    train(base, tmp_path / "plain", "untied", *WHAT[what], "--activations", "none")
+    done = train(base, tmp_path / "run", "untied", *WHAT[what], *MEASURES[what])
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    assert ("forward and backward by hand" in done.stderr) == ("--fused" in MEASURES[what])
+    train(base, tmp_path / "nf4", "untied", *WHAT[what], *MEASURES[what], "--quantize", "nf4", "--packing")
+    assert evaluated(tmp_path / "nf4") < losses(tmp_path / "nf4")[0]
+
+
+@pytest.mark.parametrize("model", ["untied", "tied"])
+def test_new_tokens_are_written_and_nothing_else_changes(base, tmp_path, model):
+    done = train(base, tmp_path / "run", model, *NEW, steps=60)
+    assert "2 of them begin as the mean of the old ones" in done.stderr
+    adapter = tmp_path / "run/adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    size = json.loads((base / model / "config.json").read_text())["vocab_size"]
+    rows = {"embed_tokens": [size, size + 1]} | ({} if model == "tied" else {"lm_head": [size, size + 1]})
+    assert config["trainable_token_indices"] == rows
+    flags = ("--model", base / model, "--prompt", TOOLS[4]["prompt"], "--raw", "--device", "cpu")
+    run_recipe("generate", *flags, "--adapter", adapter, "--max-new-tokens", "4")
+
+
+def test_new_tokens_and_what_they_do_not_go_with(base, tmp_path):
+    for extra, words in (
+        (("--targets", "embed_tokens", "q_proj"), "has an adapter already"),
+        (("--method", "prompt"), "does not go with --method prompt"),
+        (("--quantize", "nf4", "--quantize-head"), "--quantize-head"),
+        (("--model", base / "tied", "--modules-to-save", "lm_head"), "whole together or not at all"),
+    ):
+        done = run_recipe(
+            *("peft_finetune", "--model", base / "untied", "--data", base / "rows.jsonl", "--device", "cpu"),
+            *("--output", tmp_path / "run", *NEW, *extra),
+            check=False,
+        )
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
