@@ -239,34 +239,46 @@ def test_streamed_weights_must_be_computed_again():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("nf4", [False, True])
 def test_rungs_on_a_gpu(nf4, monkeypatch):
-    """bfloat16: every rung's loss and gradients are the plain model's up to rounding; lengths compile nothing anew."""
-    shape = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4)
+    """bfloat16: every rung is as near to float32 as the plain model is; other lengths compile nothing anew."""
     device, built = torch.device("cuda"), []
     build = compile._build
     monkeypatch.setattr(compile, "_build", lambda *args: built.append(args[0].__name__) or build(*args))
-    model = make_model(nf4=False, **shape).to(device, torch.bfloat16)
-    for layer in lora_layers(model).values():
-        layer.lora_A.float(), layer.lora_B.float()
-    if nf4:
-        for block in model.blocks:
-            for layer in lora_layers(block).values():
-                layer.base_class = NF4Linear
-                layer.weight = torch.nn.Parameter(quantize_nf4_tensor(layer.weight.detach()), requires_grad=False)
     ids = torch.randint(0, 97, (2, 1024), generator=torch.Generator().manual_seed(1)).to(device)
-    loss, gradients = loss_and_gradients(model, padded_layout(1024).prepare(device, torch.bfloat16), ids)
+    layout = padded_layout(1024).prepare(device, torch.bfloat16)
+
+    def make(dtype):
+        model = make_model(nf4=False, hidden_size=256, intermediate_size=512, num_hidden_layers=6).to(device)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.data *= 0.25  # outputs of about the size of inputs
+            if ".lora_" not in name:  # the same numbers in both precisions
+                parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
+        for layer in lora_layers(model).values() if nf4 else ():
+            layer.base_class = NF4Linear
+            layer.weight = torch.nn.Parameter(quantize_nf4_tensor(layer.weight.detach()), requires_grad=False)
+        return model
+
+    expected_loss, expected = loss_and_gradients(make(torch.float32), layout, ids)
+
+    def error(gradients):
+        differences = [(gradients[name] - gradient).norm() / gradient.norm() for name, gradient in expected.items()]
+        return torch.stack(differences).mean().item()
+
+    model = make(torch.bfloat16)
+    plain = error(loss_and_gradients(model, layout, ids)[1])
     peaks = {}
-    for rung in ("fast", "lean", "offload"):
-        for fused in (False, True):
-            keep_activations(model, rung, fused=fused)
+    for rung in ("fast", "lean", "offload", "attention"):
+        for fused in (False, True) if rung != "attention" else (True,):
+            keep(model, rung, fused)
             for length in (1024, 512, 640, 1024):
-                layout = padded_layout(length).prepare(device, torch.bfloat16)
                 if length == 640:
                     built.clear()
                 torch.cuda.reset_peak_memory_stats()
-                got_loss, got = loss_and_gradients(model, layout, ids[:, :length])
+                shorter = padded_layout(length).prepare(device, torch.bfloat16)
+                loss, gradients = loss_and_gradients(model, shorter, ids[:, :length])
             assert not built, (rung, fused, built)
             peaks[rung, fused] = torch.cuda.max_memory_allocated()
-            assert abs(got_loss - loss) < 2e-3 * loss, (rung, fused, got_loss, loss)
-            for name, gradient in gradients.items():
-                assert (got[name] - gradient).norm() <= 0.05 * gradient.norm(), (rung, fused, name)
+            print(rung, fused, loss, expected_loss, error(gradients), plain, peaks[rung, fused])
+            assert abs(loss - expected_loss) < 2e-3 * expected_loss, (rung, fused)
+            assert error(gradients) < 1.2 * plain, (rung, fused)
     assert peaks["offload", True] < peaks["lean", True] < peaks["fast", True], peaks
