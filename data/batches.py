@@ -34,9 +34,9 @@ class Batch:
     targets: Tensor
     """[N] the token ids to be predicted there."""
     pixel_values: Tensor | None = None
-    """[images, 3, H, W] float32, in the order of their tokens; None: no row has an image."""
+    """[tiles, 3, H, W] float32, in the order of their tokens; None: no row has an image."""
     image_index: Tensor | None = None
-    """[images · tokens per image] flat positions in B·T of the image tokens."""
+    """[tiles · tokens of a tile] flat positions in B·T of the image tokens."""
 
     @property
     def images(self) -> Images | None:
@@ -176,8 +176,8 @@ class Batches:
         decoded = [images.decode(number) if pixels is None else next(pixels) for number in numbers]
         # Row by row and from left to right, which is the order of the images, too.
         image_index = (input_ids.view(-1) == images.processor.token_id).nonzero().squeeze(1)
-        assert len(image_index) == len(numbers) * images.processor.tokens
-        pixel_values = images.processor.normalize(torch.stack(decoded))
+        pixel_values = images.processor.normalize(torch.cat(decoded))
+        assert len(image_index) == len(pixel_values) * images.processor.tokens
         return replace(batch, pixel_values=pixel_values, image_index=image_index)
 
 

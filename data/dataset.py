@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.chat_templates import ChatTemplate
 from data.image_files import BadImage, ImageFiles
-from data.images import ImageProcessor
+from data.image_processor import ImageProcessor
 from data.json_rows import read_rows
 from data.rows import Encoded, encode_row
 from data.tokenizers import Tokenizer
@@ -52,8 +52,10 @@ class DatasetReport:
     """Chat rows with a trained message that no end-of-turn token follows."""
     images: int = 0
     """Images of the examples kept."""
-    image_tokens: int = 0
-    """Tokens that each of them takes."""
+    tiles: int = 0
+    """Tiles that these become; one each, unless the model wants large images cut."""
+    tile_tokens: int = 0
+    """<image> tokens that each of them takes."""
     images_too_long: int = 0
     """Rows dropped: their images end behind seq_len."""
     bad_images: int = 0
@@ -71,7 +73,8 @@ class DatasetReport:
         if self.virtual_tokens:
             lines.append(f"{self.virtual_tokens} virtual tokens in front of each of them, which --seq-len counts, too")
         if self.images:
-            lines.append(f"{self.images:,} images of {self.image_tokens} tokens each among them")
+            in_tiles = "" if self.tiles == self.images else f"in {self.tiles:,} tiles "
+            lines.append(f"{self.images:,} images {in_tiles}of {self.tile_tokens} tokens each among them")
         if self.bad_images:
             lines.append(f"{_rows(self.bad_images)} dropped: bad images, as in {self.bad_image_example}")
         if self.images_too_long:
@@ -155,11 +158,11 @@ class TokenizedDataset:
         return place_images([ids], pixel_values, image_token=self.images.processor.token_id, tokens_per_image=tokens)
 
     def pixel_values(self, i: int) -> Tensor | None:
-        """Example i's images as the model takes them, [images, 3, H, W] float32, decoded here and now; None: none."""
+        """Example i's images as the model takes them, [tiles, 3, H, W] float32, decoded here and now; None: none."""
         numbers = self.images.of(i) if self.images else ()
         if not numbers:
             return None
-        return self.images.processor.normalize(torch.stack([self.images.decode(number) for number in numbers]))
+        return self.images.processor.normalize(torch.cat([self.images.decode(number) for number in numbers]))
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -208,7 +211,7 @@ def load_dataset(
     if image_processor is not None:
         image_processor.check_tokenizer(tokenizer)
         images = ImageFiles(image_processor, str(path), Path(image_root or Path(path).parent))
-        report.image_tokens = image_processor.tokens
+        report.tile_tokens = image_processor.tokens
     input_ids, targets, offsets = array("i"), array("i"), array("q", [0])
     rows = tqdm(
         read_rows(path), desc=f"Tokenising {Path(path).name}", unit=" rows", delay=1, leave=False, disable=not progress
@@ -223,10 +226,8 @@ def load_dataset(
                 prompt_field=prompt_field,
                 completion_field=completion_field,
                 on_special_content=on_special_content,
-                image_processor=image_processor,
+                image_files=images,
             )
-            for name in encoded.images:
-                images.check(name)
         except BadImage as error:
             error = f"{path}:{line}: {error}"
             if not skip_bad_rows:
@@ -247,6 +248,7 @@ def load_dataset(
             if images is not None:
                 images.add(encoded.images, line)
                 report.images += len(encoded.images)
+                report.tiles += piece_ids.count(image_processor.token_id) // image_processor.tokens
             report.examples += 1
             report.tokens += virtual + len(piece_ids)
             report.target_tokens += len(piece_targets) - piece_targets.count(IGNORE_INDEX)

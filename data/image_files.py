@@ -12,11 +12,12 @@ import warnings
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from data.images import ImageProcessor
+from data.image_processor import ImageProcessor
 from data.json_rows import shown
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -44,17 +45,20 @@ class ImageFiles:
     offsets: list[int] = field(default_factory=lambda: [0])
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of every file that has been looked at."""
+    pixels: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Its (width, height), upright."""
 
-    def check(self, name: str) -> None:
-        """Raise BadImage if the file is missing or broken, ValueError if it may not be opened."""
-        if name in self.sizes:
-            return
-        try:
-            path = resolve(name, self.root)
-            check(path, self.processor)
-        except ValueError as error:
-            raise type(error)(f"image {_shown(name)}: {error}") from None
-        self.sizes[name] = path.stat().st_size
+    def check(self, name: str) -> tuple[int, int]:
+        """Width and height of an image, upright. Raises BadImage if the file is missing or broken, ValueError if it
+        may not be opened."""
+        if name not in self.sizes:
+            try:
+                path = resolve(name, self.root)
+                self.pixels[name] = check(path, self.processor)
+            except ValueError as error:
+                raise type(error)(f"image {_shown(name)}: {error}") from None
+            self.sizes[name] = path.stat().st_size
+        return self.pixels[name]
 
     def add(self, names: tuple[str, ...], line: int) -> None:
         """The images of one more example, which may be none."""
@@ -66,7 +70,7 @@ class ImageFiles:
         return range(self.offsets[example], self.offsets[example + 1])
 
     def decode(self, number: int) -> Tensor:
-        """[3, H, W] uint8, not yet normalised. Raises ValueError with FILE:LINE."""
+        """[tiles, 3, H, W] uint8, not yet normalised. Raises ValueError with FILE:LINE."""
         try:
             return decode(resolve(self.names[number], self.root), self.processor)
         except ValueError as error:
@@ -96,25 +100,33 @@ def resolve(name: str, root: Path) -> Path:
     return path
 
 
-def check(path: Path, processor: ImageProcessor) -> None:
-    """Raise BadImage if the file is missing, not an image, a decompression bomb or incomplete.
+def check(path: Path, processor: ImageProcessor) -> tuple[int, int]:
+    """Width and height of an image, upright. Raises BadImage if the file is missing, not an image, a decompression
+    bomb or incomplete.
 
     Cheap, without decoding where the format has another way to tell that the file is whole.
     """
     with _open(path) as image:
         _check_size(image, processor)
-        _run(image.verify if _looks_whole(image, path) else image.load)
+        whole = _looks_whole(image, path)
+        if not whole:
+            _run(image.load)
+        # The base class's: that of a PNG would decode it, which is needed only where `_looks_whole` says so.
+        exif = _run(Image.Image.getexif, image)
+        if whole:
+            _run(image.verify)
+        return image.size[::-1] if exif.get(0x0112) in (5, 6, 7, 8) else image.size
 
 
 def decode(path: Path, processor: ImageProcessor) -> Tensor:
-    """[3, H, W] uint8, not yet normalised. Raises BadImage."""
+    """[tiles, 3, H, W] uint8, not yet normalised. Raises BadImage."""
     with _open(path) as image:
         _check_size(image, processor)
         return _run(processor.cut, image)
 
 
 def load_image(path: str | Path, processor: ImageProcessor) -> Tensor:
-    """Pixel values [3, H, W] float32 of one file, wherever it lies: for an image that the user names."""
+    """Pixel values [tiles, 3, H, W] float32 of one file, wherever it lies: for an image that the user names."""
     try:
         return processor.normalize(decode(Path(path), processor))
     except BadImage as error:
@@ -166,14 +178,28 @@ def _run(work, *arguments):
 
 
 def _looks_whole(image: Image.Image, path: Path) -> bool:
-    """Whether `verify` will do. It reads a PNG to its end, but of other formats little more than the header."""
-    if image.format == "PNG":
-        return True
+    """Whether the header and `verify` will do. It reads a PNG to its end, but of other formats little more than the
+    header."""
     with open(path, "rb") as file:
+        if image.format == "PNG":
+            return not _metadata_behind_pixels(file)
         size = os.fstat(file.fileno()).st_size
         if image.format == "WEBP":  # RIFF: the length of what follows these 8 bytes
             return size >= 8 + struct.unpack("<4xI", file.read(8))[0]
         if image.format in ("JPEG", "MPO"):
             file.seek(max(0, size - TAIL))
             return b"\xff\xd9" in file.read()
+    return False
+
+
+def _metadata_behind_pixels(file: BinaryIO) -> bool:
+    """Whether a PNG has something behind its pixels that may say how it is turned."""
+    file.seek(8)
+    pixels = False
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            return True
+        pixels = pixels or kind == b"IDAT"
+        file.seek(length + 4, os.SEEK_CUR)  # the checksum, too
     return False

@@ -5,21 +5,21 @@ normalised. The numbers stand in `preprocessor_config.json` or, since transforme
 of `processor_config.json`; what is missing there is the default of the class named there. What is said there and not
 done here is an error.
 
-The work is cut in two: `cut` is Pillow's and is done on 8-bit pixels in background threads, without the GIL;
-`normalize` is arithmetic on the batch.
+Here is CLIP's way, which LLaVA shares; SmolVLM's is in data/image_tiles.py.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from data.added_tokens import read_json
-from data.chat_contents import PLACEHOLDER
-from data.json_rows import shown
+from data.image_processor import ImageProcessor, check_entries, per_channel, pixels_of, read_arithmetic, to_rgb, upright
+from data.image_tiles import CLASSES as TILE_CLASSES
+from data.image_tiles import MODELS as TILE_MODELS
+from data.image_tiles import load_tiles
 
 CLIP_DEFAULTS = {
     "do_resize": True,
@@ -35,49 +35,30 @@ CLIP_DEFAULTS = {
     "do_pad": False,
 }
 CLASSES = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")  # and with Fast or Pil behind
-WITHOUT_EFFECT = {  # on the pixel values of RGB images, which all are by then
-    *("image_processor_type", "feature_extractor_type", "processor_class", "_valid_processor_keys"),
-    *("do_convert_rgb", "data_format", "input_data_format", "return_tensors", "device", "disable_grouping"),
-}
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # what a vision tower puts before its patches
 
 
-@dataclass(frozen=True)
-class ImageProcessor:
-    """What becomes of an image. Build one with `load_image_processor`."""
+@dataclass(frozen=True, kw_only=True)
+class OneTile(ImageProcessor):
+    """The whole image, or what a crop leaves of it."""
 
     resize: int | tuple[int, int] | None
     """Length of the shorter side (the other one follows), or (height, width); None: left as it is."""
-    resample: int
-    """Pillow's number of the filter; 3: bicubic."""
     crop: tuple[int, int] | None
     """(height, width) cut from the middle; what is missing there is black."""
-    rescale: float | None
-    mean: tuple[float, ...] | None
-    """Subtracted from each channel …"""
-    std: tuple[float, ...] | None
-    """… which is then divided by this."""
     background: tuple[int, ...] | None
     """Colour around an image that is padded to a square first; None: it is not."""
-    token_id: int
-    """The id of <image>."""
-    tokens: int
-    """How many of them an image becomes: one for each of its features."""
 
-    def check_size(self, width: int, height: int) -> None:
-        """Raise ValueError for a decompression bomb: an image with too many pixels now or on its way."""
+    def sizes_on_the_way(self, width: int, height: int) -> list[tuple[int, int]]:
         side = max(width, height)
         padded = (side, side) if self.background else (width, height)
-        for w, h in ((width, height), padded, self._resized(*padded)):
-            if Image.MAX_IMAGE_PIXELS and w * h > Image.MAX_IMAGE_PIXELS:
-                on_its_way = "" if (w, h) == (width, height) else f", {w} x {h} when resized or padded"
-                raise ValueError(
-                    f"{width} x {height} pixels{on_its_way}: more than {Image.MAX_IMAGE_PIXELS:,}, "
-                    "as a decompression bomb has (PIL.Image.MAX_IMAGE_PIXELS)"
-                )
+        return [padded, self._resized(*padded)]
+
+    def image_ids(self, width: int, height: int, tokenizer) -> list[int]:
+        return [self.token_id] * self.tokens
 
     def cut(self, image: Image.Image) -> Tensor:
-        """Turned upright, made RGB, padded, resized, cropped: [3, H, W] uint8 (a view of [H, W, 3])."""
+        """Turned upright, made RGB, padded, resized, cropped: [1, 3, H, W] uint8 (a view of [1, H, W, 3])."""
         image = to_rgb(upright(image))
         if self.background and image.width != image.height:
             side = max(image.size)
@@ -90,37 +71,7 @@ class ImageProcessor:
             height, width = self.crop
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """[…, 3, H, W] uint8 -> float32, rounded where transformers rounds."""
-        values = pixels.float() if self.rescale is None else (pixels.double() * self.rescale).float()
-        if self.mean is not None:
-            values.sub_(torch.tensor(self.mean).view(3, 1, 1)).div_(torch.tensor(self.std).view(3, 1, 1))
-        return values.contiguous()
-
-    def places(self, ids: list[int], images: int) -> list[int]:
-        """The token that each position of a text comes from once its `images` <image> tokens have been expanded.
-
-        Raises ValueError if there are more or fewer of these tokens than images.
-        """
-        if (found := ids.count(self.token_id)) != images:
-            named = f"{images} image{'s' * (images != 1)}"
-            raise ValueError(f"{named}, but {found} {PLACEHOLDER} in the text to stand for them")
-        return [i for i, token in enumerate(ids) for _ in range(self.tokens if token == self.token_id else 1)]
-
-    def expand(self, ids: list[int], images: int) -> list[int]:
-        """The ids of a text with each <image> token as often as its image has features."""
-        return [ids[i] for i in self.places(ids, images)]
-
-    def check_tokenizer(self, tokenizer) -> None:
-        """Raise ValueError if <image> is not, in this tokenizer, the token that the model takes for an image."""
-        if (found := tokenizer.special_tokens.get(PLACEHOLDER)) != self.token_id:
-            raise ValueError(
-                f"config.json takes token {self.token_id} for an image, but in the tokenizer {PLACEHOLDER} is "
-                f"{'no added token' if found is None else f'token {found}'}: tokenizer and model do not match"
-            )
+        return pixels_of(image).permute(2, 0, 1)[None]
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after resizing."""
@@ -146,10 +97,18 @@ def load_image_processor(folder: str | Path, config: dict) -> ImageProcessor:
             "processor_config.json; copy them there from the checkpoint it was made from"
         )
     given = {key: value for key, value in (nested or read_json(path)).items() if value is not None}
-    token_id, tokens, image_size = _vision(config, folder / "config.json")
-    kind = given.get("image_processor_type", given.get("feature_extractor_type", CLASSES[0]))
-    if kind.removesuffix("Fast").removesuffix("Pil") not in CLASSES:
-        raise ValueError(f"{path}: image processor {kind} is not supported (supported: {', '.join(CLASSES)})")
+    kind = given.get("image_processor_type", given.get("feature_extractor_type"))
+    kind = kind or (TILE_CLASSES[0] if config.get("model_type") in TILE_MODELS else CLASSES[0])
+    if (name := kind.removesuffix("Fast").removesuffix("Pil")) in TILE_CLASSES:
+        return load_tiles(given, path, config)
+    if name not in CLASSES:
+        supported = ", ".join((*CLASSES, *TILE_CLASSES))
+        raise ValueError(f"{path}: image processor {kind} is not supported (supported: {supported})")
+    return _load_one_tile(given, kind, path, config)
+
+
+def _load_one_tile(given: dict, kind: str, path: Path, config: dict) -> OneTile:
+    token_id, tokens, image_size = _vision(config, path.parent / "config.json")
 
     # Checkpoints in LLaVA's own format name the padding in words; transformers' class has a switch.
     aspect = given.pop("image_aspect_ratio", config.get("image_aspect_ratio"))
@@ -160,43 +119,25 @@ def load_image_processor(folder: str | Path, config: dict) -> ImageProcessor:
     if given["do_pad"] and aspect != "pad" and not kind.startswith("Llava"):
         raise ValueError(f"{path}: do_pad of {kind} is not supported (LlavaImageProcessor's is)")
     longest_is_free = not given.pop("default_to_square", False)
-    for key in given.keys() - CLIP_DEFAULTS.keys() - WITHOUT_EFFECT:
-        raise ValueError(f"{path}: {key} = {shown(given[key])} is not supported")
+    check_entries(given, CLIP_DEFAULTS.keys(), path)
     resize = _size(use["size"], "size", path, longest_is_free) if use["do_resize"] else None
     crop = _size(use["crop_size"], "crop_size", path, False) if use["do_center_crop"] else None
-    if use["resample"] not in list(Image.Resampling):
-        raise ValueError(f"{path}: resample {shown(use['resample'])} is not a filter of Pillow's")
-    mean, std = (_per_channel(use[key], key, path) for key in ("image_mean", "image_std"))
+    arithmetic = read_arithmetic(use, path)
+    mean = per_channel(use["image_mean"], "image_mean", path)
 
     square = resize if isinstance(resize, tuple) else (resize, resize) if resize and use["do_pad"] else None
     if (result := crop or square) != (image_size, image_size):
         size = "of different sizes" if result is None else f"{result[0]} x {result[1]} pixels large"
         expected = f"the vision tower takes {image_size} x {image_size}"
         raise ValueError(f"{path}: images would come out {size}, but {expected}")
-    return ImageProcessor(
-        resize=resize,
-        resample=use["resample"],
-        crop=crop,
-        rescale=use["rescale_factor"] if use["do_rescale"] else None,
-        mean=mean if use["do_normalize"] else None,
-        std=std if use["do_normalize"] else None,
-        background=tuple(int(x * 255) for x in mean) if use["do_pad"] else None,
+    return OneTile(
         token_id=token_id,
         tokens=tokens,
+        resize=resize,
+        crop=crop,
+        background=tuple(int(x * 255) for x in mean) if use["do_pad"] else None,
+        **arithmetic,
     )
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says: cameras store what the sensor saw."""
-    return ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """As transformers 5 and vLLM do: what is transparent shows white, everything else is Pillow's conversion."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _vision(config: dict, path: Path) -> tuple[int, int, int]:
@@ -233,10 +174,3 @@ def _size(found: object, key: str, path: Path, longest_is_free: bool) -> int | t
     if min(size if isinstance(size, tuple) else (size,)) < 1:
         raise ValueError(f"{path}: {key} = {json.dumps(found)} must be positive")
     return size
-
-
-def _per_channel(found: object, key: str, path: Path) -> tuple[float, ...]:
-    values = tuple(found) if isinstance(found, list) else (found,) * 3
-    if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
-        raise ValueError(f"{path}: {key} = {shown(found)} must be one number or three")
-    return values

@@ -19,8 +19,8 @@ from functools import lru_cache
 from data.chat_contents import IMAGE, PLACEHOLDER, Content, texts_of
 from data.chat_targets import special_token_pattern
 from data.chat_templates import TRAIN_ON, ChatTemplate
+from data.image_files import ImageFiles
 from data.image_rows import RowImages
-from data.images import ImageProcessor
 from data.json_rows import shown
 from data.tokenizers import Tokenizer
 from modules.loss import IGNORE_INDEX
@@ -201,7 +201,7 @@ class Encoded:
     images: tuple[str, ...] = ()
     """Image files, as the row names them, in the order of their tokens."""
     images_end: int = 0
-    """Number of the position behind the last image token: a row must not be cut before it."""
+    """Number of the position behind the last image: a row must not be cut before it."""
 
 
 def encode_row(
@@ -213,17 +213,17 @@ def encode_row(
     prompt_field: str | None = None,
     completion_field: str | None = None,
     on_special_content: str = "keep",
-    image_processor: ImageProcessor | None = None,
+    image_files: ImageFiles | None = None,
 ) -> Encoded:
     """Tokens and targets of one row; both lists have one length. Raises ValueError if the row is bad.
 
     `train_on`: "assistant", "last" (assistant message) or "all" (every token after the first). A row may come out
-    without any target: the caller drops and counts it. With an `image_processor` rows may have images: each <image>
-    token is there as often as the image has features, and none of them is a target.
+    without any target: the caller drops and counts it. With `image_files` rows may have images: their <image> tokens
+    become what their processor makes of them, and none of that is a target. Raises BadImage for an unusable file.
     """
     if train_on not in TRAIN_ON:
         raise ValueError(f"--train-on {train_on!r} is not one of {', '.join(TRAIN_ON)}")
-    parsed = parse_row(row, prompt_field, completion_field, with_images=image_processor is not None)
+    parsed = parse_row(row, prompt_field, completion_field, with_images=image_files is not None)
     special, unended = None, False
     match parsed:
         case Text(text):
@@ -253,15 +253,16 @@ def encode_row(
             trained = _overlaps(token_spans, rendered.spans, len(rendered.text))
             unended = rendered.unended > 0
             # A processor of text and images does add it, and LLaVA's own template relies on that.
-            if image_processor is not None and tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:
+            if image_files is not None and tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:
                 ids, trained = [tokenizer.bos_id, *ids], [False, *trained]
     images_end = 0
-    if image_processor is not None:
-        places = image_processor.places(ids, len(parsed.images))
-        trained = [trained[i] and ids[i] != image_processor.token_id for i in places]
-        ids = [ids[i] for i in places]
+    if image_files is not None:
+        processor, unexpanded = image_files.processor, ids
+        ids, places = processor.expand(unexpanded, parsed.images, image_files.check, tokenizer)
+        stands_for_image = [unexpanded[i] == processor.token_id for i in places]
+        trained = [trained[i] and not of_image for i, of_image in zip(places, stands_for_image, strict=True)]
         if parsed.images:
-            images_end = len(ids) - ids[::-1].index(image_processor.token_id)
+            images_end = len(ids) - stands_for_image[::-1].index(True)
     is_chat = isinstance(parsed, Chat)
     return Encoded(ids, _targets(ids, trained), special, unended, is_chat, parsed.images, images_end)
 

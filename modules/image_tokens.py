@@ -1,7 +1,8 @@
 """Where a batch's images go among its tokens.
 
 An image takes as many places in a row as the vision tower makes features of it; there the row holds the image token.
-Which places these are is found on the CPU in collation, so that nothing in the step has to look at token ids.
+Where a large image is cut into tiles, each of these is an image here. Which places these are is found on the CPU in
+collation, so that nothing in the step has to look at token ids.
 
 B batch, T tokens, D model.
 """

@@ -21,7 +21,7 @@ from checkpointing.adapters import load_adapter
 from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from data.chat_templates import load_chat_template, stop_token_ids
-from data.image_files import load_image
+from data.image_files import check, load_image
 from data.images import load_image_processor
 from data.new_tokens import load_trained_tokenizer
 from models import build_model
@@ -100,8 +100,8 @@ def main(cfg: Config) -> None:
     images = None
     if sees:
         processor = load_image_processor(folder, config)
-        pixels = torch.stack([load_image(path, processor) for path in cfg.image]) if cfg.image else None
-        prompt = processor.expand(prompt, len(cfg.image))
+        pixels = torch.cat([load_image(path, processor) for path in cfg.image]) if cfg.image else None
+        prompt, _ = processor.expand(prompt, cfg.image, lambda path: check(path, processor), tokenizer)
         sizes = dict(image_token=processor.token_id, tokens_per_image=processor.tokens)
         images = place_images([prompt], pixels, **sizes)
     (completion,) = generate(

@@ -59,7 +59,7 @@ def test_examples_carry_their_images(load, tmp_path):
     for i in range(6):
         assert (dataset[i][0] == IMAGE).sum() == TOKENS * len(images.of(i))
         assert not (dataset[i][1] == IMAGE).any()
-    expected = torch.stack([load_image(tmp_path / name, PROCESSOR) for name in ("b.png", "c.png")])
+    expected = torch.cat([load_image(tmp_path / name, PROCESSOR) for name in ("b.png", "c.png")])
     assert dataset.pixel_values(2).equal(expected) and dataset.pixel_values(1) is None
     assert dataset.report.lines()[1:] == ["6 images of 4 tokens each among them"]
     assert pickle.loads(pickle.dumps(dataset)).images == images
@@ -153,7 +153,7 @@ def test_padded_batches(load, tmp_path):
     assert first.pixel_values.shape == (3, 3, 28, 28) and first.pixel_values.dtype == torch.float32
     assert first.image_index.shape == (3 * TOKENS,) and first.image_index.dtype == torch.int64
     for batch, names in ((first, "abc"), (second, "acb")):
-        expected = torch.stack([load_image(tmp_path / f"{name}.png", PROCESSOR) for name in names])
+        expected = torch.cat([load_image(tmp_path / f"{name}.png", PROCESSOR) for name in names])
         assert batch.pixel_values.equal(expected)
         assert (batch.input_ids.flatten()[batch.image_index] == IMAGE).all()
         assert (batch.input_ids == IMAGE).sum() == len(batch.image_index)
@@ -180,7 +180,7 @@ def test_packed_rows(load, tmp_path):
     (batch,) = batches.one_epoch()
     order = [i for row in plan for i in row]
     names = [dataset.images.names[number] for i in order for number in dataset.images.of(i)]
-    expected = torch.stack([load_image(tmp_path / name, PROCESSOR) for name in names])
+    expected = torch.cat([load_image(tmp_path / name, PROCESSOR) for name in names])
     assert batch.pixel_values.equal(expected)
     assert same(batches.collate(plan), batch)
     T = batch.input_ids.shape[1]

@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 from PIL import Image
 
 from data.image_files import BadImage, ImageFiles, check, load_image, resolve
-from data.images import ImageProcessor
 from tests.data.tiny_vision import draw, parts
 
 _, _, PROCESSOR = parts()
@@ -87,7 +87,7 @@ def test_a_link_that_is_turned_outwards_later_is_not_followed(tree):
     files = ImageFiles(PROCESSOR, "rows.jsonl", tree / "inside")
     files.check("good.png")
     files.add(("good.png",), 7)
-    assert files.decode(0).shape == (3, 28, 28)
+    assert files.decode(0).shape == (1, 3, 28, 28)
     (tree / "inside" / "good.png").unlink()
     (tree / "inside" / "good.png").symlink_to(tree / "outside" / "secret.png")
     with pytest.raises(ValueError, match="^rows.jsonl:7: image good.png: it lies outside of"):
@@ -137,7 +137,7 @@ def test_truncated_files_are_found_without_training(tmp_path, kind):
     content = encoded(kind)
     (tmp_path / "whole").write_bytes(content)
     check(tmp_path / "whole", PROCESSOR)
-    assert load_image(tmp_path / "whole", PROCESSOR).shape == (3, 28, 28)
+    assert load_image(tmp_path / "whole", PROCESSOR).shape == (1, 3, 28, 28)
     for share in (0.2, 0.5, 0.98):
         bad(tmp_path, content[: int(len(content) * share)], "", "cut")
         with pytest.raises(ValueError, match="image .*cut: "):
@@ -186,8 +186,7 @@ def test_decompression_bombs(tmp_path, monkeypatch, recwarn):
 def test_bombs_that_go_off_when_resized_or_padded(tmp_path):
     draw(1, 200_000).save(tmp_path / "thread.png")
     bad(tmp_path, None, "1 x 200000 pixels, 28 x 5600000 when resized or padded: more than", "thread.png")
-    values = {name: getattr(PROCESSOR, name) for name in ImageProcessor.__dataclass_fields__}
-    padded = ImageProcessor(**values | {"background": (1, 2, 3)})
+    padded = replace(PROCESSOR, background=(1, 2, 3))
     draw(1, 20_000).save(tmp_path / "thread.png")
     check(tmp_path / "thread.png", PROCESSOR)
     with pytest.raises(BadImage, match="20000 x 20000 when resized or padded"):

@@ -1,12 +1,13 @@
 """Rows with images: where the images come from, what the template makes of them, tokens and targets."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
 from data.chat_templates import TEMPLATES, ChatTemplate, load_chat_template
-from data.image_files import load_image
+from data.image_files import ImageFiles, load_image
 from data.rows import IGNORE_INDEX, encode_row, parse_row
 from tests.data.published_templates import CHATML, LLAMA2, PUBLISHED, VICUNA
 from tests.data.tiny_tokenizer import TinyTokenizer
@@ -14,6 +15,16 @@ from tests.data.tiny_vision import LLAVA, TOKENS, draw, folder, llava_processor,
 
 TOKENIZER, TEMPLATE, PROCESSOR = parts()
 IMAGE = PROCESSOR.token_id
+
+
+class Files(ImageFiles):
+    """Of which none is opened: this processor makes the same of all sizes."""
+
+    def check(self, name):
+        return 50, 30
+
+
+FILES = Files(PROCESSOR, "rows.jsonl", Path())
 
 
 def text(value: str) -> dict:
@@ -37,7 +48,7 @@ def parse(row: dict):
 
 
 def encode(row: dict, template=TEMPLATE, **options):
-    encoded = encode_row(row, TOKENIZER, template, image_processor=PROCESSOR, **options)
+    encoded = encode_row(row, TOKENIZER, template, image_files=FILES, **options)
     assert len(encoded.input_ids) == len(encoded.targets)
     for i, target in enumerate(encoded.targets):
         assert target == IGNORE_INDEX or (target == encoded.input_ids[i + 1] and target != IMAGE)
@@ -197,7 +208,7 @@ def test_ids_and_pixel_values_of_a_llava_processor(tmp_path, name):
     assert encoded.input_ids == expected["input_ids"][0].tolist()
     assert encoded.input_ids.count(IMAGE) == TOKENS * len(encoded.images)
     if encoded.images:
-        pixels = torch.stack([load_image(tmp_path / file, PROCESSOR) for file in encoded.images])
+        pixels = torch.cat([load_image(tmp_path / file, PROCESSOR) for file in encoded.images])
         torch.testing.assert_close(pixels, expected["pixel_values"], rtol=0, atol=1e-6)
         assert encoded.images_end == len(encoded.input_ids) - encoded.input_ids[::-1].index(IMAGE)
     else:
@@ -244,7 +255,7 @@ def test_train_on_everything_leaves_image_tokens_out():
 def test_prompt_and_completion():
     encoded = encode({"image": "a.png", "prompt": "<image>\nhi", "completion": "yes"})
     plain = encode_row({"prompt": "<image>\nhi", "completion": "yes"}, TOKENIZER, None)
-    assert encoded.input_ids == PROCESSOR.expand(plain.input_ids, 1)
+    assert encoded.input_ids == PROCESSOR.expand(plain.input_ids, ["a.png"], FILES.check, TOKENIZER)[0]
     assert trained_text(encoded) == "yes</s>" and not encoded.chat
     assert encoded.images_end == encoded.input_ids.index(IMAGE) + TOKENS
 

@@ -11,7 +11,8 @@ from transformers import CLIPImageProcessorPil
 from transformers.image_utils import load_image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from data.images import load_image_processor, to_rgb, upright
+from data.image_processor import to_rgb, upright
+from data.images import load_image_processor
 from tests.data.tiny_vision import config, draw, folder, llava_processor
 from tests.tiny import test_data
 
@@ -27,8 +28,8 @@ def ours(oracle, tmp_path, side: int, **settings):
 
 def pixel_values(processor, image):
     values = processor.normalize(processor.cut(image))
-    assert values.dtype == torch.float32 and values.is_contiguous()
-    return values
+    assert values.dtype == torch.float32 and values.is_contiguous() and len(values) == 1
+    return values[0]
 
 
 def theirs(oracle, image):
@@ -248,11 +249,17 @@ def test_expansion():
     processor = load_image_processor(folder(), config())
     image = processor.token_id
     assert image == llava_processor().image_token_id and processor.tokens == 4
-    assert processor.expand([1, image, 2, image], 2) == [1, *[image] * 4, 2, *[image] * 4]
-    assert processor.expand([1, 2], 0) == [1, 2]
-    for ids, images, expected in (([1], 1, "1 image, but 0 <image>"), ([image, image], 0, "0 images, but 2 <image>")):
-        with pytest.raises(ValueError, match=expected):
-            processor.expand(ids, images)
+
+    def expand(ids, *images):
+        return processor.expand(ids, images, lambda name: (30, 40), tokenizer=None)
+
+    expanded = [1, *[image] * 4, 2, *[image] * 4]
+    assert expand([1, image, 2, image], "a.png", "b.png") == (expanded, [0, 1, 1, 1, 1, 2, 3, 3, 3, 3])
+    assert expand([1, 2]) == ([1, 2], [0, 1])
+    with pytest.raises(ValueError, match="1 image, but 0 <image>"):
+        expand([1], "a.png")
+    with pytest.raises(ValueError, match="0 images, but 2 <image>"):
+        expand([image, image])
 
 
 def test_tokenizer_and_model_must_agree():
