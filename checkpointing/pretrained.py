@@ -187,6 +187,17 @@ def load_weights(
     model.tie_weights()
 
 
+def map_weights(model: nn.Module, weights: WeightFiles) -> None:
+    """Fill a model built on the meta device with the files' tensors, in their own dtype and memory-mapped: what is not
+    used is not read, and what is read can be dropped again. For who takes the model's weights one by one. Strict."""
+    model.layout = check_names(model, weights)
+    for name, _ in list(model.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        tensor = weights.read(on_disk(name, model.layout))
+        setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+    model.tie_weights()
+
+
 def on_disk(name: str, layout: dict[str, str]) -> str:
     """A parameter's name in files of this layout."""
     for ours, theirs in layout.items():

@@ -59,6 +59,27 @@ def merge(model: nn.Module) -> None:
     replace_modules(model, {name: layer.merged() for name, layer in bitfit_layers(model).items()})
 
 
+def missing_biases(model: nn.Module) -> tuple[dict[str, tuple[int]], dict[str, bool]]:
+    """Biases that the merged model has on disk and the base lacks, with their shapes; what config.json says of them.
+
+    A Llama has biases on all layers of its attention or on none, and so of its feed-forward: where only some are
+    trained the others get zeros. Raises ValueError for a layer that can have none there, such as the head.
+    """
+    new = [name for name, layer in bitfit_layers(model).items() if layer.bias is None]
+    inside = {f"{name}.": block for name, block in model.named_modules() if any(block is b for b in model.blocks)}
+    if wrong := [name for name in new if not name.startswith(tuple(inside))]:
+        raise ValueError(f"{', '.join(wrong)} got a bias, for which a Llama's config.json has no word: not mergeable")
+    shapes, fields = {}, {}
+    for part, field in (("self_attn", "attention_bias"), ("mlp", "mlp_bias")):
+        if not any(name.split(".")[-2] == part for name in new):
+            continue
+        fields[field] = True
+        for prefix, block in inside.items():
+            for leaf, layer in block.get_submodule(part).named_children():
+                shapes[f"{prefix}{part}.{leaf}.bias"] = (layer.out_features,)
+    return shapes, fields
+
+
 def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     layers = bitfit_layers(model)
     targets = target_modules(layers, (name for name, _ in model.named_modules()))

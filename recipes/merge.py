@@ -1,34 +1,46 @@
-"""Merge a LoRA adapter into its base and write a Hugging Face folder.
+"""Merge an adapter into its base and write a Hugging Face folder.
 
     python recipes/merge.py --model BASE --adapter runs/lora/adapter --output merged
     python recipes/merge.py --model BASE --adapter runs/qlora/adapter --output merged --quantize nf4
     python recipes/merge.py --model BASE --output dequantised --quantize nf4
 
-W + (α/r) · B A, formed in float32 and rounded once to the checkpoint's dtype, one tensor at a time: memory is that of
-the largest tensor. `--quantize nf4` first rounds the blocks' linear layers to NF4 and back: the base that a QLoRA
-adapter was trained on. Without an adapter that writes the base as QLoRA sees it.
+Every method that a plain weight can stand for: LoRA and its relatives, DoRA, VeRA, (IA)³, BitFit, LN-tuning. W + Δ is
+formed in float32 and rounded once to the checkpoint's dtype, one layer at a time, the base memory-mapped: memory is
+that of the largest tensor.
+
+`--quantize nf4` first rounds the blocks' linear layers to NF4 and back: the base that a QLoRA adapter was trained on.
+Without an adapter that writes the base as QLoRA sees it. With one it prints, as JSON, what loading the result in NF4
+again would do to each kind of layer: the error of that rounding as a part of the merged weight (`of_weight`) and of the
+adapter's change (`of_change`; above 1, most of the adapter is lost, and it is better served beside its base).
 """
 
+import json
+import shutil
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
 
+import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpointing.adapters import read_adapter
+from checkpointing.adapters import load_adapter
 from checkpointing.atomic import atomic_folder
 from checkpointing.errors import clear_errors, say
 from checkpointing.export import check_export, write_companions, write_weights
-from checkpointing.pretrained import WeightFiles, check_names, find_checkpoint, on_disk, read_config
+from checkpointing.pretrained import COMPANIONS, WeightFiles, find_checkpoint, map_weights, on_disk, read_config
 from checkpointing.safetensors_file import spec_bytes
 from models import build_model
+from modules.adapter_switch import Requantised, adapted_layers, check_mergeable, requantised
+from modules.bitfit import missing_biases
 from modules.device import DTYPES, pick_device
 from modules.nf4 import dequantize_nf4, quantize_nf4, quantize_nf4_tensor
+from modules.vocabulary import HEAD, embedding_name
 
 
 @dataclass
@@ -38,7 +50,7 @@ class Config:
     output: Path
     """Folder to write; it must not exist or be empty."""
     adapter: Path | None = None
-    """LoRA adapter folder in PEFT's format."""
+    """Adapter folder in PEFT's format."""
     quantize: Literal["none", "nf4"] = "none"
     """Round the blocks' linear layers to NF4 first."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -47,6 +59,7 @@ class Config:
     """Where to add and quantise: cpu, cuda …"""
 
 
+@torch.no_grad()
 def main(cfg: Config) -> None:
     if cfg.adapter is None and cfg.quantize == "none":
         raise ValueError("nothing to do: give --adapter, --quantize nf4 or both")
@@ -56,53 +69,107 @@ def main(cfg: Config) -> None:
     folder = find_checkpoint(cfg.model)
     config = read_config(folder)
     weights = WeightFiles(folder)
-    model = build_model(config)  # for its names and shapes
-    layout = check_names(model, weights)
-    quantized = {f"{name}.weight" for name in quantize_nf4(model)} if cfg.quantize == "nf4" else set()
-    settings, adapter = read_adapter(cfg.adapter) if cfg.adapter else ({}, {})
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    for name in settings:
-        delta_shape = (adapter[f"{name}.lora_B.weight"].shape[0], adapter[f"{name}.lora_A.weight"].shape[1])
-        if shapes.get(f"{name}.weight") != delta_shape:
-            raise ValueError(f"{cfg.adapter} does not fit {cfg.model}: {name} is {shapes.get(f'{name}.weight')}")
+    model = build_model(config)
+    quantized = set(quantize_nf4(build_model(config))) if cfg.quantize == "nf4" else set()  # their names
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    map_weights(model, weights)
+    vocab_size, tied = model.config.vocab_size, model.config.tie_word_embeddings
+    layers = {}
+    if cfg.adapter:
+        load_adapter(model, cfg.adapter)
+        layers = adapted_layers(model)
+        check_mergeable(layers)
+    errors: dict[str, Requantised] = {}
+    last: dict[str, nn.Module] = {}  # a layer is merged once for its weight and its bias
 
-    files = {name: on_disk(name, layout) for name in shapes}  # what each is called there
-    tied = model.config.tie_word_embeddings
-    names = [name for name in shapes if files[name] in weights and not (tied and name == "lm_head.weight")]
-    if tied and "lm_head" in settings:
-        # The adapted head no longer equals the embedding: write it on its own.
-        config = config | {"tie_word_embeddings": False}
-        if "text_config" in config:
-            config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
-        names.append("lm_head.weight")
-    (embedding,) = (file for name, file in files.items() if name.endswith("embed_tokens.weight"))
+    def rounded(path: str, weight: Tensor) -> Tensor:
+        weight = weight.to(device, weight.dtype if cfg.dtype == "auto" else DTYPES[cfg.dtype])
+        return dequantize_nf4(quantize_nf4_tensor(weight)) if path in quantized else weight
 
-    def stored(name: str) -> Tensor:
-        tensor = weights.read(files[name] if files[name] in weights else embedding)  # a tied head
-        return tensor if cfg.dtype == "auto" else tensor.to(DTYPES[cfg.dtype])
+    def merged(path: str) -> nn.Module:
+        if path not in last:
+            last.clear()
+            layer, stored = layers[path], layers[path].weight
+            layer.weight = nn.Parameter(rounded(path, stored), requires_grad=False)
+            last[path] = layer.to(device).merged()
+            if path in quantized:
+                again = rounded(path, last[path].weight)
+                errors[path] = requantised(layer.weight, last[path].weight, again)
+            layer.weight = stored  # what was read of the file is dropped
+        return last[path]
 
-    def merged(file: str) -> Tensor:
+    def read(name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        if path in layers:
+            return getattr(merged(path), leaf)
+        if name in new_biases:
+            return torch.zeros(new_biases[name])
+        tensor = model.get_parameter(name)
+        return rounded(path, tensor) if leaf == "weight" else tensor
+
+    new_biases, fields = missing_biases(model)
+    config = changed(config, **fields)
+    if tied and not is_still_tied(model, layers, merged):  # the head no longer equals the embedding: it stands alone
+        config, tied = changed(config, tie_word_embeddings=False), False
+    if grown := model.config.vocab_size != vocab_size:
+        config = changed(config, vocab_size=model.config.vocab_size)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    dtype = next(iter(parameters.values())).dtype if cfg.dtype == "auto" else DTYPES[cfg.dtype]
+    specs, ours = {}, {}
+    for name in [*names, *new_biases]:
+        if not (tied and name == f"{HEAD}.weight"):
+            shape = new_biases.get(name) or tuple(parameters[name].shape)
+            own = parameters[name].dtype if name in parameters and cfg.dtype == "auto" else dtype
+            specs[name], ours[on_disk(name, model.layout)] = (on_disk(name, model.layout), shape, own), name
+
+    def write(file: str) -> Tensor:
         bar.update()
-        name = ours[file]
-        tensor, module = stored(name).to(device), name.removesuffix(".weight")
-        if name in quantized:
-            tensor = dequantize_nf4(quantize_nf4_tensor(tensor))
-        if module in settings:
-            A, B = (adapter[f"{module}.lora_{x}.weight"].to(device).float() for x in "AB")
-            scaling = settings[module]["alpha"] / settings[module]["rank"]
-            tensor = (tensor.float() + (B @ A) * scaling).to(tensor.dtype)
-        return tensor
+        return read(ours[file]).to(specs[ours[file]][2])
 
-    specs = [(files[name], shapes[name], stored(name).dtype) for name in names]
-    ours = {files[name]: name for name in names}
-    template = cfg.adapter / "chat_template.jinja" if cfg.adapter else None
     cfg.output.parent.mkdir(parents=True, exist_ok=True)
-    check_export(cfg.output.parent, sum(spec_bytes(spec) for spec in specs))
-    with atomic_folder(cfg.output) as target, tqdm(total=len(names), unit="tensor", disable=None) as bar:
-        write_weights(target, specs, merged)
+    check_export(cfg.output.parent, sum(spec_bytes(spec) for spec in specs.values()))
+    with atomic_folder(cfg.output) as target, tqdm(total=len(specs), unit="tensor", disable=None) as bar:
+        write_weights(target, specs.values(), write)
+        template = cfg.adapter / "chat_template.jinja" if cfg.adapter else None
         chat_template = template.read_text(encoding="utf-8") if template and template.is_file() else None
-        write_companions(target, config, folder, dtype=specs[0][2], chat_template=chat_template)
+        write_companions(target, config, folder, dtype=dtype, chat_template=chat_template)
+        for name in COMPANIONS if grown else ():  # the tokenizer that knows the new tokens
+            if (cfg.adapter / name).is_file():
+                shutil.copyfile(cfg.adapter / name, target / name)
+    if errors:
+        print(json.dumps({"requantised": summary(errors)}, indent=2))
     say(f"merged model in {cfg.output}")
+
+
+def is_still_tied(model: nn.Module, layers: dict[str, nn.Module], merged) -> bool:
+    embedding = embedding_name(model)
+    if embedding not in layers and HEAD not in layers:
+        return model.lm_head.weight is model.get_submodule(embedding).weight
+    both = [merged(n).weight if n in layers else model.get_submodule(n).weight for n in (embedding, HEAD)]
+    return torch.equal(both[0].to(both[1]), both[1])
+
+
+def changed(config: dict, **values) -> dict:
+    """config.json with other values, of a vision-language model in its language model's part, too."""
+    inner = {"text_config": config["text_config"] | values} if "text_config" in config else {}
+    return config | values | inner
+
+
+def summary(errors: dict[str, Requantised]) -> dict[str, dict]:
+    """Means over the layers of a kind, and the worst of them."""
+    kinds = defaultdict(list)
+    for path, error in errors.items():
+        kinds[path.rpartition(".")[2]].append((error.of_weight, error.of_change, path))
+    return {
+        kind: {
+            "layers": len(rows),
+            "of_weight": sum(row[0] for row in rows) / len(rows),
+            "of_change": sum(row[1] for row in rows) / len(rows),
+            "worst_of_weight": max(rows)[0],
+            "worst_layer": max(rows)[2],
+        }
+        for kind, rows in kinds.items()
+    }
 
 
 if __name__ == "__main__":
