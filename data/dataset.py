@@ -17,6 +17,7 @@ from data.image_processor import ImageProcessor
 from data.json_rows import read_rows
 from data.rows import Encoded, encode_row
 from data.tokenizers import Tokenizer
+from modules import virtual_tokens
 from modules.image_tokens import Images, place_images
 from modules.loss import IGNORE_INDEX
 
@@ -141,9 +142,7 @@ class TokenizedDataset:
 
     def check_vocabulary(self, size: int) -> None:
         """Raise ValueError if a token has no row in the model's embedding: tokenizer and weights do not match."""
-        placeholder = torch.zeros_like(self.input_ids, dtype=torch.bool)
-        placeholder[(self.offsets[:-1, None] + torch.arange(self.report.virtual_tokens)).flatten()] = True
-        if (largest := int(self.input_ids[~placeholder].max())) >= size:
+        if (largest := int(self.input_ids[self.input_ids < virtual_tokens.FIRST].max())) >= size:
             raise ValueError(
                 f"{self.report.path} contains token id {largest}, but the model has {size} embeddings: "
                 "the tokenizer in its folder has more tokens than the model"

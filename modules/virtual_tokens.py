@@ -1,8 +1,8 @@
 """Virtual tokens: trained vectors in front of every row. What prompt tuning, P-tuning and prefix tuning share.
 
-With n of them a row begins with n placeholders, the token ids V … V + n - 1 behind the vocabulary's V. From there on
-they are tokens: they take the positions 0 … n - 1 of every document, --seq-len and the cache count them, packing and
-padding need not know. No target falls on them. `load_dataset(virtual_ids=…)` puts them in front of the rows of a file,
+With n of them a row begins with n placeholders, token ids from 2³⁰ on, where no vocabulary reaches. From there on they
+are tokens: they take the positions 0 … n - 1 of every document, --seq-len and the cache count them, packing and padding
+need not know. No target falls on them. `load_dataset(virtual_ids=…)` puts them in front of the rows of a file,
 `generate` in front of prompts; who calls the model with token ids of their own writes `[*virtual_ids(model), *ids]`.
 
     prompt_tuning.py    their embeddings are trained
@@ -12,7 +12,7 @@ padding need not know. No target falls on them. `load_dataset(virtual_ids=…)` 
 On disk all of them are PEFT's: one tensor, `prompt_embeddings` [n, …]. PEFT opens it to compute with; to train it
 there, build the model with `get_peft_model` and copy the tensor.
 
-B batch, T tokens, D model, V vocabulary, n virtual tokens.
+B batch, T tokens, D model, n virtual tokens.
 """
 
 from collections.abc import Mapping
@@ -23,19 +23,20 @@ from torch import Tensor, nn
 
 from modules.methods import Options
 
+FIRST = 2**30  # the first placeholder's token id
 KEY = "prompt_embeddings"
 FREQUENT = 5000  # tokens among which a start is drawn: a vocabulary begins with the most frequent ones
 
 
-def placeholders(count: int, vocab_size: int) -> list[int]:
-    return list(range(vocab_size, vocab_size + count))
+def placeholders(count: int) -> list[int]:
+    return list(range(FIRST, FIRST + count))
 
 
 def virtual_ids(model: nn.Module) -> list[int]:
     """The token ids that every row of this model begins with; none unless a method put them there."""
     embedding = getattr(model.model, "embed_tokens", None)
     count = embedding.virtual_tokens if isinstance(embedding, VirtualEmbedding) else 0
-    return placeholders(count, model.config.vocab_size)
+    return placeholders(count)
 
 
 class Table(nn.Module):
@@ -50,7 +51,7 @@ class Table(nn.Module):
 
 
 class VirtualEmbedding(nn.Embedding):
-    """A frozen embedding that gives placeholder V + i the row i of `prompt()` [n, D].
+    """A frozen embedding that gives placeholder i the row i of `prompt()` [n, D].
 
     Without a prompt it gives all of them token 0's row, for who does not look at what is computed there.
     """
@@ -73,11 +74,11 @@ class VirtualEmbedding(nn.Embedding):
         return base
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        virtual_BT = ids_BT >= self.num_embeddings
+        virtual_BT = ids_BT >= FIRST
         hidden_BTD = self.base_class.forward(self, ids_BT.masked_fill(virtual_BT, 0))
         if self.prompt is None:
             return hidden_BTD
-        which_BT = (ids_BT - self.num_embeddings).clamp(min=0).to(hidden_BTD.device)
+        which_BT = (ids_BT - FIRST).clamp(min=0).to(hidden_BTD.device)
         prompt_BTD = F.embedding(which_BT, self.prompt().to(hidden_BTD.dtype))
         return torch.where(virtual_BT[..., None].to(hidden_BTD.device), prompt_BTD, hidden_BTD)
 

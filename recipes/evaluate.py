@@ -80,7 +80,7 @@ def main(cfg: Config) -> None:
         completion_field=cfg.completion_field,
         image_processor=load_image_processor(folder, config) if sees else None,
         image_root=cfg.image_root,
-        virtual_ids=placeholders(count_virtual_tokens(cfg.adapter), model.config.vocab_size),
+        virtual_ids=placeholders(count_virtual_tokens(cfg.adapter)),
     )
     for line in dataset.report.lines():
         print(line, file=sys.stderr)

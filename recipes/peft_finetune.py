@@ -209,15 +209,15 @@ def train(cfg: Config, run: RunFolder) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer, new_rows = add_tokens(tokenizer, read_tokens(cfg.new_tokens), model.config.vocab_size)
     template = load_chat_template(folder, tokenizer, cfg.chat_format, now=run.started)
-    method, virtual_ids = find_method(cfg.method), []
+    method = find_method(cfg.method)
     prompt_ids = tokenizer.encode_prompt(cfg.prompt_text) if cfg.prompt_text else []
     num_virtual_tokens = len(prompt_ids) or 20 if cfg.num_virtual_tokens is None else cfg.num_virtual_tokens
-    if getattr(method, "VIRTUAL_TOKENS", False):
-        if new_rows:
-            raise ValueError(f"--new-tokens does not go with --method {cfg.method}, whose tokens take the same ids")
-        virtual_ids = placeholders(num_virtual_tokens, model.config.vocab_size)
+    has_virtual = hasattr(method, "VIRTUAL_TOKENS")
+    if has_virtual and (new_rows or cfg.modules_to_save):
+        what = "--new-tokens" if new_rows else "--modules-to-save"
+        raise ValueError(f"{what} does not go with --method {cfg.method}, whose adapter is one tensor in PEFT's format")
     rows = dict(
-        virtual_ids=virtual_ids,
+        virtual_ids=placeholders(num_virtual_tokens) if has_virtual else (),
         seq_len=seq_len,
         train_on=cfg.train_on,
         prompt_field=cfg.prompt_field,

@@ -10,6 +10,7 @@ from data.chat_templates import ChatTemplate, load_chat_template
 from data.dataset import IGNORE_INDEX, load_dataset
 from data.rows import encode_row
 from data.tokenizers import load_tokenizer
+from modules.virtual_tokens import placeholders
 from tests.data.published_templates import CHATML
 from tests.data.tiny_tokenizer import TinyTokenizer
 
@@ -98,7 +99,7 @@ def test_split_long_loses_no_target(tmp_path):
 def test_virtual_tokens_stand_in_front_of_every_example(tmp_path, split_long):
     """And `seq_len` counts them: cutting and splitting are those of the room that they leave."""
     size = TOKENIZER.vocab_size
-    virtual = [size, size + 1, size + 2]
+    virtual = placeholders(3)
     plain = load(tmp_path, ROWS, seq_len=17, split_long=split_long)
     dataset = load(tmp_path, ROWS, seq_len=20, split_long=split_long, virtual_ids=virtual)
     assert len(dataset) == len(plain) and max(dataset.lengths) == 20

@@ -234,7 +234,7 @@ def test_mistakes_are_explained(tmp_path):
             add_method(ours, method, Options(**options))
     assert virtual_ids(ours) == []
     add_method(ours, "prompt", Options(num_virtual_tokens=4))
-    assert isinstance(ours.model.embed_tokens, VirtualEmbedding) and virtual_ids(ours) == [97, 98, 99, 100]
+    assert isinstance(ours.model.embed_tokens, VirtualEmbedding) and virtual_ids(ours) == [2**30 + i for i in range(4)]
     with pytest.raises(ValueError, match="has virtual tokens already"):
         add_method(ours, "prefix", Options())
     save_adapter(tmp_path / "adapter", ours, base="base")
