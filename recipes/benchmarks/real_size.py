@@ -90,13 +90,14 @@ def measure(cfg: Config, scratch: Path) -> dict:
 def write_checkpoint(folder: Path, preset: str, tokenizer: Path) -> dict:
     """A random bfloat16 checkpoint of a preset's shape, in shards, with the real tokenizer."""
     started = time.perf_counter()
-    folder.mkdir()
+    folder.mkdir(parents=True)
     config = PRESETS[preset] | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     shapes = {name: tuple(p.shape) for name, p in build_model(config).named_parameters()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
 
     def read(name: str) -> torch.Tensor:
-        weight = torch.empty(shapes[name], dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(shapes[name], dtype=torch.bfloat16, device=device)
         return weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(0.0, 0.02)
 
     write_weights(folder, [(name, shape, torch.bfloat16) for name, shape in shapes.items()], read)

@@ -1,0 +1,147 @@
+"""What recipes/compare_methods.py found: a table, and the score against trained parameters and memory as SVG."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpointing.atomic import atomic_write_text
+from checkpointing.loss_plot import INK, QUIET, TRAIN
+from checkpointing.loss_plot import _text as text
+from checkpointing.loss_plot import _ticks as ticks
+
+WIDTH, HEIGHT, TOP, BOTTOM = 1160, 520, 64, 456
+PANELS = ((70, 540), (640, 1110))  # left and right edge of each
+LINE, LETTER = 14, 6.6  # height of a label, width of a letter
+
+Point = tuple[float, float]
+
+
+def has_matches(results: dict) -> bool:
+    """Whether the score is the share of right answers; else it is the held-out loss."""
+    return all("exact_match" in row for row in results["rows"] if "failed" not in row)
+
+
+def table(results: dict) -> str:
+    """All methods as markdown, the best first."""
+    matches = has_matches(results)
+    head = ["method", "learning rate", "trained", *(["exact match"] if matches else []), "held-out loss"]
+    head += ["tokens/s", "peak memory", "training"]
+    done = [row for row in results["rows"] if "failed" not in row]
+    done.sort(key=lambda row: (-row.get("exact_match", 0), row["eval_loss"]))
+    lines = [head, ["---", *["--:"] * (len(head) - 1)]]
+    for row in done:
+        settings = {name: value for name, value in row["settings"].items() if name != "lr"}
+        beside = "".join(f", {value}" for value in settings.values())
+        score = [f"{row['exact_match']:.1%}"] if matches else []
+        figures = [*score, f"{row['eval_loss']:.4f}", f"{row['tokens_per_second']:,}", memory(row)]
+        rate = f"{row['settings']['lr']:.2g}"
+        lines.append([row["method"] + beside, rate, f"{row['trained']:,}", *figures, f"{row['seconds']:.0f} s"])
+    lines += [[row["method"], row["failed"], *[""] * (len(head) - 2)] for row in results["rows"] if "failed" in row]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def memory(row: dict) -> str:
+    gib = row["peak_memory_gib"]
+    return f"{gib:.2f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
+
+
+def draw(results: dict, path: Path) -> None:
+    """A dot per method, twice: its held-out loss against what it trains, and against peak memory."""
+    rows = [row for row in results["rows"] if "failed" not in row]
+    if not rows:
+        return
+    names, losses = [row["method"] for row in rows], [row["eval_loss"] for row in rows]
+    loss_axis = _logarithmic(losses) if max(losses) > 20 * min(losses) else _linear(losses)
+    large = max(row["peak_memory_gib"] for row in rows) >= 1
+    used = [row["peak_memory_gib"] * (1 if large else 1024) for row in rows]
+    trained = [float(row["trained"]) for row in rows]
+    picture = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="12">',
+        f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10" fill="#fff" stroke="#d9dee6"/>',
+        text(PANELS[0][0], 36, "Held-out loss (lower is better)", f'fill="{INK}" font-size="17" font-weight="600"'),
+    ]
+    unit = "peak memory, GiB" if large else "peak memory of the training, MiB"
+    for edges, xs, axis, title in (
+        (PANELS[0], trained, _logarithmic(trained, whole=True), "trained parameters"),
+        (PANELS[1], used, _linear(used), unit),
+    ):
+        dots = list(zip(map(axis.place(*edges), xs), map(loss_axis.place(BOTTOM, TOP), losses), strict=True))
+        picture += _grid(edges, axis, loss_axis, title) + _dots(names, dots, edges)
+    atomic_write_text(path, "\n".join([*picture, "</svg>", ""]))
+
+
+@dataclass(frozen=True)
+class Axis:
+    ticks: list[float]
+    logarithmic: bool = False
+
+    def place(self, start: float, end: float) -> Callable[[float], float]:
+        """From a value to its place between `start` and `end`, where the first and the last tick are."""
+        scale = math.log10 if self.logarithmic else float
+        low, high = scale(self.ticks[0]), scale(self.ticks[-1])
+        return lambda value: start + (scale(value) - low) / (high - low) * (end - start)
+
+
+def _linear(values: list[float]) -> Axis:
+    return Axis(ticks(values, 6))
+
+
+def _logarithmic(values: list[float], whole: bool = False) -> Axis:
+    """Ticks at 1, 2 and 5 times powers of ten, or (`whole`) at these alone, that enclose the values."""
+    steps = [m * 10.0**e for e in range(-9, 13) for m in ((1,) if whole else (1, 2, 5))]
+    first = max(i for i, step in enumerate(steps) if step <= min(values))
+    last = min(i for i, step in enumerate(steps) if step >= max(values))
+    return Axis(steps[first : max(last, first + 1) + 1], logarithmic=True)
+
+
+def _grid(edges: tuple[int, int], x_axis: Axis, y_axis: Axis, title: str) -> list[str]:
+    left, right = edges
+    quiet, picture = f'fill="{QUIET}" text-anchor=', []
+    for y in y_axis.ticks:
+        height = y_axis.place(BOTTOM, TOP)(y)
+        picture.append(f'<path d="M{left} {height:.1f}H{right}" stroke="#e8ebf0"/>')
+        picture.append(text(left - 10, height + 4.5, f"{y:g}", f'{quiet}"end"'))
+    for x in x_axis.ticks:
+        at = x_axis.place(left, right)(x)
+        picture.append(f'<path d="M{at:.1f} {BOTTOM}v5" stroke="#9aa4b2"/>')
+        picture.append(text(at, BOTTOM + 20, f"{x:,.6g}" if x < 1e6 else f"{x:,.0f}", f'{quiet}"middle"'))
+    picture.append(f'<path d="M{left} {BOTTOM}H{right}" stroke="#9aa4b2"/>')
+    return [*picture, text((left + right) / 2, HEIGHT - 16, title, f'{quiet}"middle"')]
+
+
+def _dots(names: list[str], dots: list[Point], edges: tuple[int, int]) -> list[str]:
+    """Dots with their names, joined by a line where another dot is as near to the name."""
+    lines, words, circles = [], [], []
+    for name, dot, (x, y, anchor) in zip(names, dots, place_labels(names, dots, edges), strict=True):
+        own, *others = sorted(dots, key=lambda other: (other != dot, math.dist(other, (x, y - 4))))
+        if math.dist(own, (x, y - 4)) > min([20.0, *(math.dist(other, (x, y - 4)) for other in others)]):
+            lines.append(f'<path d="M{dot[0]:.1f} {dot[1]:.1f}L{x:.1f} {y - 4:.1f}" stroke="#b4bcc8"/>')
+        words.append(text(x, y, name, f'fill="{INK}" text-anchor="{anchor}"'))
+        circles.append(f'<circle cx="{dot[0]:.1f}" cy="{dot[1]:.1f}" r="4.5" fill="{TRAIN}" stroke="#fff"/>')
+    return lines + words + circles
+
+
+def place_labels(names: list[str], dots: list[Point], edges: tuple[int, int]) -> list[tuple[float, float, str]]:
+    """(x, baseline, anchor) of each name: the nearest place to its dot that is free of other names and of dots."""
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
+    labels: dict[int, tuple[float, float, str]] = {}
+    shifts = sorted(range(-24, 25), key=abs)
+    for i in sorted(range(len(dots)), key=lambda i: (dots[i][1], dots[i][0])):
+        (x, y), width = dots[i], len(names[i]) * LETTER
+        places = [(side * (8 + reach), shift * LINE / 2) for shift in shifts for reach in (0, 40) for side in (1, -1)]
+        for dx, dy in sorted(places, key=lambda at: math.hypot(at[0], 1.5 * at[1])):
+            box = (x + dx, y + dy - LINE / 2, x + dx + width, y + dy + LINE / 2)
+            if dx < 0:
+                box = (x + dx - width, box[1], x + dx, box[3])
+            inside = edges[0] < box[0] and box[2] < edges[1] + 40 and TOP - 12 < box[1] and box[3] < BOTTOM
+            if inside and not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        labels[i] = (x + dx, y + dy + 4, "start" if dx > 0 else "end")
+    return [labels[i] for i in range(len(dots))]
+
+
+def _overlap(a: tuple, b: tuple) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
