@@ -43,6 +43,9 @@ def sample_completion(
     first = next(i for i, target in enumerate(targets) if target != IGNORE_INDEX)
     if first == 0:  # a text row: everything is a target, so continue its beginning
         first = min(len(input_ids) // 2, 31)
+        image_token = dataset.images and dataset.images.processor.token_id
+        while input_ids[first + 1] == image_token:  # an image is never cut
+            first += 1
     prompt, expected = input_ids[: first + 1], [t for t in targets[first:] if t != IGNORE_INDEX]
     images = dataset.place_images(0, prompt)
     (completion,) = generate(model, [prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids, images=images)
