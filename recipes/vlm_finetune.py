@@ -1,4 +1,4 @@
-"""Fine-tuning of a vision-language model (LLaVA: CLIP-ViT, projector, Llama) on one device.
+"""Fine-tuning of a vision-language model (LLaVA, Idefics3, SmolVLM) on one device.
 
     python recipes/vlm_finetune.py --model llava-hf/llava-1.5-7b-hf --data train.jsonl --output runs/vlm --quantize nf4
     python recipes/vlm_finetune.py --model LLAVA --data train.jsonl --output runs/v --projector full --vision lora
