@@ -67,7 +67,8 @@ class LoRALinear(nn.Linear):
 
     def merged_weight(self) -> Tensor:
         """The one matrix, in float32, that does what W and the adapter do."""
-        return self.dense_weight().float() + self.delta()
+        dense = self.dense_weight().float()
+        return dense + self.delta().to(dense.device)  # streamed weights are in host memory
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

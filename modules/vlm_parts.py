@@ -1,4 +1,8 @@
-"""What is trained of a vision-language model: each of its three parts is frozen, gets LoRA, or is trained in full."""
+"""What is trained of a vision-language model: each of its three parts is frozen, gets LoRA, or is trained in full.
+
+A projector that is trained in full beside frozen or adapted towers is a module of PEFT's `modules_to_save`: it is saved
+entire, with the adapter (modules/whole_modules.py).
+"""
 
 from collections.abc import Sequence
 
@@ -7,6 +11,31 @@ from torch import nn
 
 from models.vision_language import VisionLanguageModel
 from modules.lora import add_lora
+from modules.whole_modules import train_whole_modules
+
+
+def quantize_parts(model: VisionLanguageModel, how: dict[str, str], *, head: bool = False) -> None:
+    """Keep both towers' linear layers in NF4, unless they are trained in full, and the head if wanted."""
+    from modules.nf4 import quantize_nf4  # torchao takes seconds to import
+
+    if head and how["language"] == "full":
+        raise ValueError("--quantize-head: the head is trained with --language full, and 4-bit weights are frozen")
+    if how["vision"] != "full":
+        quantize_nf4(model.vision_tower)
+    if how["language"] != "full":
+        language = model.language_model
+        quantize_nf4(language, head=head)
+        model.lm_head = language.lm_head
+
+
+def name_in_language_model(model: VisionLanguageModel, name: str) -> str:
+    """What `model.language_model` calls the model's parameter `name`."""
+    return name.replace(f"{model.parts['language']}.", "model.", 1)
+
+
+def fits_adapter(how: dict[str, str]) -> bool:
+    """Whether an adapter folder holds all that is trained: low-rank additions, and perhaps the whole projector."""
+    return "lora" in how.values() and "full" not in (how["vision"], how["language"])
 
 
 def train_parts(
@@ -35,6 +64,8 @@ def train_parts(
         adapted += names if choice == "lora" else []
     if adapted:
         add_lora(model, targets=adapted, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype)
+    if fits_adapter(how) and how["projector"] == "full":
+        train_whole_modules(model, [model.parts["projector"]])
     for name, parameter in model.named_parameters():
         if how[model.part_of(name)] == "full":
             parameter.requires_grad_(True)

@@ -5,8 +5,8 @@
 
 Each of the three parts is frozen, gets LoRA adapters (arXiv:2106.09685) or is trained in full, with a learning rate of
 its own if you like. Rows may have no image, one or several (recipes/README.md). What only adapters have changed is
-saved as OUTPUT/adapter, in PEFT's format; if a part was trained in full, it is OUTPUT/model, a Hugging Face folder with
-the adapters merged. `--projector full --language frozen` is LLaVA's first stage (arXiv:2304.08485, Sec. 4.2).
+saved as OUTPUT/adapter, in PEFT's format, a projector trained in full beside it included; if a tower was trained in
+full, it is OUTPUT/model, a Hugging Face folder with the adapters merged.
 """
 
 import sys
@@ -43,13 +43,15 @@ from modules.attention import choose_attention, describe_attention, use_attentio
 from modules.compile import enable_compile
 from modules.device import DTYPES, describe_device, make_deterministic, peak_memory_gib, pick_device, pick_dtype
 from modules.evaluation import evaluate_loss, sample_completion
+from modules.host_embedding import keep_embedding_on_host
 from modules.lora import ALL_LINEAR
 from modules.lora_block import disagreement, why_not
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory, storage_bytes
 from modules.optim import build_optimizer, learning_rate
 from modules.step_in_backward import step_in_backward
-from modules.vlm_parts import train_parts
+from modules.vlm_parts import fits_adapter, name_in_language_model, quantize_parts, train_parts
+from modules.weight_streaming import stream_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1 Config
@@ -129,6 +131,10 @@ class Config:
     """Precision in which adapters are kept; bfloat16 ones are updated with stochastic rounding."""
     quantize: Literal["none", "nf4"] = "none"
     """Keep the linear layers of blocks that are not trained in full in 4 bits."""
+    quantize_head: bool = False
+    """The head, too; losses rise a little."""
+    embedding: Literal["resident", "host"] = "resident"
+    """Where the input embedding lives: on the device, or in host memory, from where a batch's rows travel."""
     activations: Literal["none", "fast", "lean", "offload"] = "lean"
     """What a block keeps for backward: everything, what is dear to recompute, its input, its input in host memory."""
     activations_every: int = 1
@@ -139,6 +145,8 @@ class Config:
     """With offload: host memory for what attention made, too, of as many blocks as fit; saves computing it again."""
     fused: bool = torch.cuda.is_available()
     """Run the blocks by the hand-written modules/lora_block.py where it covers them; default: where there is a GPU."""
+    weights: Literal["resident", "stream", "disk"] = "resident"
+    """Where the Llama's frozen blocks live: on the device, or in host memory or a scratch file, visiting it in turn."""
     optimizer: Literal["adamw", "adamw-8bit", "adamw-host"] = "adamw"
     """AdamW with its moments in float32, in 8 bits, or in host memory."""
     step_in_backward: bool = False
@@ -233,14 +241,23 @@ def train(cfg: Config, run: RunFolder) -> None:
     how = {"vision": cfg.vision, "projector": cfg.projector, "language": cfg.language}
     if dtype == torch.float16 and "full" in how.values():
         raise ValueError("float16 cannot hold an Adam step of weights trained in full: use --dtype bfloat16 or float32")
+    if cfg.quantize_head and cfg.quantize == "none":
+        raise ValueError("--quantize-head quantises the head like the blocks: it needs --quantize nf4")
+    if cfg.language == "full" and (cfg.embedding == "host" or cfg.weights != "resident"):
+        raise ValueError("--embedding host and --weights stream are for frozen weights: not with --language full")
     if cfg.quantize == "nf4":
-        from modules.nf4 import quantize_nf4  # torchao takes seconds to import
-
-        # Still on the meta device: each weight is quantised as it arrives.
-        for tower, choice in ((model.vision_tower, cfg.vision), (model.language_model, cfg.language)):
-            if choice != "full":
-                quantize_nf4(tower)
-    load_weights(model, weights, device=device, dtype=dtype)
+        quantize_parts(model, how, head=cfg.quantize_head)  # still on the meta device: each weight as it arrives
+    model.requires_grad_(False)
+    language = model.language_model
+    if cfg.embedding == "host":
+        keep_embedding_on_host(language, device)
+    streamed, placed = None, None
+    if cfg.weights != "resident":
+        streamed = stream_weights(language, device, folder=run.path if cfg.weights == "disk" else None)
+        placed = lambda name: streamed.take(name_in_language_model(model, name))  # noqa: E731
+    load_weights(model, weights, device=device, dtype=dtype, placed=placed)
+    if streamed:
+        say(streamed.describe())
 
     # -----------------------------------------------------------------------------------------------------------------
     # 5 Adapters / quantisation
@@ -261,14 +278,15 @@ def train(cfg: Config, run: RunFolder) -> None:
     if not cfg.packing:  # packed documents have one kernel
         attention = choose_attention(language.config, device, dtype, batch=cfg.batch_size, length=seq_len)
     say(describe_attention(device, dtype, cfg.packing, attention))
-    plain = (why_not(language) or disagreement(language)) if cfg.fused else "--no-fused"
+    bind = streamed.use if streamed else None
+    plain = (why_not(language) or disagreement(language, bind)) if cfg.fused else "--no-fused"
     say(f"blocks: plain modules ({plain})" if plain else "blocks: forward and backward by hand (modules/lora_block.py)")
     budgets = dict(budget=cfg.activations_gib * 2**30, host_budget=cfg.activations_host_gib * 2**30)
     measures = dict(every=cfg.activations_every, **budgets, fused=not plain)
-    keep_activations(language, cfg.activations, **measures, compile=cfg.compile)
+    keep_activations(language, cfg.activations, **measures, compile=cfg.compile, bind=bind)
     keep_activations(vision, cfg.activations if cfg.vision != "frozen" else "none", compile=cfg.compile)
     autocast = nullcontext()  # every layer already computes in the weights' dtype
-    measures |= dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward)
+    measures |= dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward, streamed=streamed)
     plan = plan_memory(language, cfg.activations, **measures, tokens=cfg.batch_size * seq_len, dtype=dtype)
     plan["vision"] = sum(storage_bytes(p) for p in (*vision.parameters(), *trained["projector"].values()))
     say(describe_memory(plan))
@@ -304,15 +322,14 @@ def train(cfg: Config, run: RunFolder) -> None:
         run.draw()
 
     chat_template = template.source if dataset.report.chat_rows else None
-
-    in_full = "full" in how.values()
+    result = run.adapter if fits_adapter(how) else run.model
 
     def save_result() -> None:
-        with atomic_folder(run.model if in_full else run.adapter) as target:
-            if in_full:
-                save_model(target, model, config=config, source=folder, chat_template=chat_template)
-            else:
+        with atomic_folder(result) as target:
+            if result == run.adapter:
                 save_adapter(target, model, base=cfg.model, chat_template=chat_template)
+            else:
+                save_model(target, model, config=config, source=folder, chat_template=chat_template)
 
     run.rehearse(save_result)  # a save that cannot work fails now, not after the training
 
@@ -403,7 +420,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         save_checkpoint()  # so that --resume can go on with more --max-steps or --epochs
     save_result()
     run.finish()
-    say(f"peak memory {peak_memory_gib(device):.2f} GiB; adapter in {run.adapter}")
+    say(f"peak memory {peak_memory_gib(device):.2f} GiB; result in {result}")
 
 
 def count(model: torch.nn.Module) -> int:

@@ -124,7 +124,7 @@ def test_resumed_equals_uninterrupted(base, tmp_path):
     train(base, tmp_path / "run", *flags, steps=2)
     train(base, tmp_path / "run", *flags, "--resume", steps=4)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    results = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("run", "whole")]
+    results = [(tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("run", "whole")]
     assert results[0] == results[1]
 
 
