@@ -31,12 +31,17 @@ def save_adapter(folder: Path, model: nn.Module, *, base: str, chat_template: st
     for beside in (whole_modules, token_rows):
         more_fields, more_tensors = beside.export(model)
         fields, tensors = fields | more_fields, tensors | more_tensors
+    write_adapter(folder, fields, tensors, base=base)
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def write_adapter(folder: Path, fields: dict, tensors: dict[str, Tensor], *, base: str) -> None:
+    """The two files, from what a method's `export` returns."""
     config = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True} | fields
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / TENSORS, specs_of(tensors), tensors.__getitem__)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if chat_template is not None:
-        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
 def load_adapter(

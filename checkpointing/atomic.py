@@ -87,6 +87,12 @@ def atomic_write_text(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
+def check_vacant(path: Path) -> None:
+    """A result is not overwritten: ValueError for a folder that holds something, and for a file."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"--output {path} exists already; choose another folder")
+
+
 def make_folder(path: Path) -> None:
     """`mkdir -p` whose new names are on disk, too."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]

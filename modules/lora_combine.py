@@ -29,6 +29,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modules.lora_peft import factor_names
+
 Adapter = tuple[dict[str, dict], dict[str, Tensor]]  # what `checkpointing.adapters.read_adapter` returns
 
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -60,7 +62,7 @@ def combine(
         parts = []  # w · s, w, s, A, B of each adapter that has the module
         for (modules, of_adapter), w in zip(adapters, weights, strict=True):
             if name in modules:
-                A, B = (of_adapter[f"{name}.lora_{x}.weight"] for x in "AB")
+                A, B = (of_adapter[key] for key in factor_names(name, of_adapter))
                 parts.append((w, modules[name]["alpha"] / modules[name]["rank"], A.float(), B.float()))
         if len({(A.shape[1], B.shape[0]) for _, _, A, B in parts}) > 1:
             raise ValueError(f"{name} has different sizes in the adapters: they belong to different models")
@@ -82,7 +84,8 @@ def combine(
             delta = merge(deltas, [w for w, _, _, _ in parts], combination.removesuffix("_svd"), **options)
             A, B = factor(delta, rank)
         settings[name] = {"rank": A.shape[0], "alpha": A.shape[0]}
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = A.contiguous(), B.contiguous()
+        of_first = next(of_adapter for modules, of_adapter in adapters if name in modules)
+        tensors |= zip(factor_names(name, of_first), (A.contiguous(), B.contiguous()), strict=True)
     return settings, tensors
 
 

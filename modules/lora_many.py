@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from modules.adapter_parts import FrozenLinear, replace_modules
 from modules.adapter_switch import base_layer
+from modules.lora_peft import factor_names
 
 
 class Rows:
@@ -147,8 +148,10 @@ class LoRASet:
     def _check(self, settings: dict[str, dict], tensors: dict[str, Tensor]) -> None:
         modules, wrong = dict(self.model.named_modules()), []
         for path in settings:
-            layer, shapes = modules.get(path), [tuple(tensors[f"{path}.lora_{x}.weight"].shape) for x in "AB"]
-            if not isinstance(layer, nn.Linear):
+            layer, shapes = modules.get(path), [tuple(tensors[key].shape) for key in factor_names(path, tensors)]
+            if isinstance(layer, nn.Embedding):
+                wrong.append(f"{path} (an embedding, which is one for all rows here)")
+            elif not isinstance(layer, nn.Linear):
                 wrong.append(f"{path} (no such linear layer)")
             elif (shapes[0][1], shapes[1][0]) != (layer.in_features, layer.out_features):
                 wrong.append(f"{path} (A {shapes[0]}, B {shapes[1]}, layer {tuple(layer.weight.shape)})")
@@ -160,7 +163,7 @@ class LoRASet:
         new = {p: ManyLoRALinear(self.model.get_submodule(p), self.rows) for p in settings if p not in layers}
         replace_modules(self.model, new)
         for path, setting in settings.items():
-            A, B = (tensors[f"{path}.lora_{x}.weight"] for x in "AB")
+            A, B = (tensors[key] for key in factor_names(path, tensors))
             (layers | new)[path].put(name, A, B, setting["alpha"] / setting["rank"], dtype)
 
     def _tidy(self) -> None:

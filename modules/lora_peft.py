@@ -5,6 +5,8 @@ A layer's tensors are `lora_A.weight` [r, in] and `lora_B.weight` [out, r] behin
 dropout, and patterns for the layers that have others.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -30,14 +32,22 @@ def add(model: nn.Module, options: Options, layer: type[LoRALinear] = LoRALinear
 def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     layers = lora_layers(model) | lora_embeddings(model)
     tensors = {f"{PREFIX}{name}.{key}": p for name, layer in layers.items() for key, p in adapter_of(layer).items()}
-    rank, rank_pattern = shorten_pattern({name: layer.rank for name, layer in layers.items()})
-    alpha, alpha_pattern = shorten_pattern({name: layer.alpha for name, layer in layers.items()})
-    config = {
+    settings = {name: {"rank": layer.rank, "alpha": layer.alpha} for name, layer in layers.items()}
+    targets = target_modules(layers, (name for name, _ in model.named_modules()))
+    dropout = next((layer.dropout.p for layer in lora_layers(model).values()), 0.0)
+    return config_of(settings, targets, dropout), tensors
+
+
+def config_of(settings: Mapping[str, dict], targets: list[str] | str, dropout: float = 0.0) -> dict:
+    """adapter_config.json for layers with these ranks and alphas."""
+    rank, rank_pattern = shorten_pattern({name: setting["rank"] for name, setting in settings.items()})
+    alpha, alpha_pattern = shorten_pattern({name: setting["alpha"] for name, setting in settings.items()})
+    return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": next((layer.dropout.p for layer in lora_layers(model).values()), 0.0),
-        "target_modules": target_modules(layers, (name for name, _ in model.named_modules())),
+        "lora_dropout": dropout,
+        "target_modules": targets,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "bias": "none",
@@ -47,7 +57,6 @@ def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
         "use_dora": False,
         "use_rslora": False,
     }
-    return config, tensors
 
 
 def opens(config: dict) -> bool:
@@ -102,6 +111,13 @@ def adapter_of(layer: LoRALinear | LoRAEmbedding) -> dict[str, nn.Parameter]:
     return {key: p for key, p in layer.named_parameters() if key.startswith("lora_")}
 
 
+def factor_names(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """How A and B of a module are called among an adapter's tensors: an embedding's otherwise than a linear layer's."""
+    if f"{name}.lora_embedding_A" in tensors:
+        return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+    return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+
+
 def read_layers(config: dict, tensors: dict[str, Tensor]) -> tuple[dict[str, dict], dict[str, Tensor]]:
     """Per module name its `rank` and `alpha`, and the tensors without PEFT's prefix.
 
@@ -123,9 +139,7 @@ def read_layers(config: dict, tensors: dict[str, Tensor]) -> tuple[dict[str, dic
     settings = {}
     for name in sorted({key.partition(".lora_")[0] for key in tensors}):
         found = sorted(key for key in tensors if key.startswith(f"{name}.lora_"))
-        A, B = (f"{name}.lora_{x}.weight" for x in "AB")
-        if f"{name}.lora_embedding_A" in found:
-            A, B = (f"{name}.lora_embedding_{x}" for x in "AB")
+        A, B = factor_names(name, tensors)
         if not {A, B} <= set(found):
             raise ValueError(f"{name} has {found}, expected lora_A.weight and lora_B.weight")
         shapes = [tuple(tensors[key].shape) for key in (A, B)]

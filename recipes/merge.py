@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpointing.adapters import load_adapter
-from checkpointing.atomic import atomic_folder
+from checkpointing.atomic import atomic_folder, check_vacant
 from checkpointing.errors import clear_errors, say
 from checkpointing.export import check_export, write_companions, write_weights
 from checkpointing.pretrained import COMPANIONS, WeightFiles, find_checkpoint, map_weights, on_disk, read_config
@@ -63,8 +63,7 @@ class Config:
 def main(cfg: Config) -> None:
     if cfg.adapter is None and cfg.quantize == "none":
         raise ValueError("nothing to do: give --adapter, --quantize nf4 or both")
-    if cfg.output.exists() and (not cfg.output.is_dir() or any(cfg.output.iterdir())):
-        raise ValueError(f"--output {cfg.output} exists already; choose another folder")
+    check_vacant(cfg.output)
     device = pick_device(cfg.device)
     folder = find_checkpoint(cfg.model)
     config = read_config(folder)
@@ -133,7 +132,8 @@ def main(cfg: Config) -> None:
         template = cfg.adapter / "chat_template.jinja" if cfg.adapter else None
         chat_template = template.read_text(encoding="utf-8") if template and template.is_file() else None
         write_companions(target, config, folder, dtype=dtype, chat_template=chat_template)
-        for name in COMPANIONS if grown else ():  # the tokenizer that knows the new tokens
+        new_tokens = grown or any(hasattr(layer, "token_adapter") for layer in layers.values())
+        for name in COMPANIONS if new_tokens else ():  # the tokenizer that knows them
             if (cfg.adapter / name).is_file():
                 shutil.copyfile(cfg.adapter / name, target / name)
     if errors:
