@@ -42,14 +42,18 @@ def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], embeddings: int) -> 
     return longer, sorted({*(known[token].id for token in tokens), *range(embeddings, longer.vocab_size)})
 
 
-def load_trained_tokenizer(folder: Path, adapter: Path | None) -> Tokenizer:
-    """The tokenizer of a checkpoint, or that of an adapter's folder where it has tokens that the checkpoint's lacks."""
-    tokenizer = load_tokenizer(folder)
+def tokenizer_folder(folder: Path, adapter: Path | None) -> Path:
+    """The checkpoint's folder, or the adapter's where that has a tokenizer with tokens that the checkpoint's lacks."""
     if adapter and any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        trained = load_tokenizer(adapter)
-        if trained.added.keys() - tokenizer.added.keys():
-            return trained
-    return tokenizer
+        if load_tokenizer(adapter).added.keys() - load_tokenizer(folder).added.keys():
+            return adapter
+    return folder
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path) -> None:
@@ -58,9 +62,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path) -> None:
     Raises ValueError if what was written is not this tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    copy_tokenizer(source, folder)
     config = read_json(folder / "tokenizer_config.json")
     for name in ("bos", "eos", "pad"):  # some folders name them in their generation config, which stays behind
         token = tokenizer.token_of(getattr(tokenizer, f"{name}_id"))

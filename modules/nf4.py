@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.compile import compiled
+from modules.quantize import quantize_blocks
 from modules.torchao_parts import NF4Tensor, SubclassTensorArgs
 
 BLOCK = 64  # weights per scale
@@ -118,24 +119,8 @@ class NF4Linear(nn.Linear):
 
 
 def quantize_nf4(model: nn.Module, *, head: bool = False) -> list[str]:
-    """Replace every linear layer of the model's blocks, and its head if wanted, by an NF4Linear.
-
-    Works before loading (on the meta device: each weight is then quantised as it arrives, and the dense model never
-    exists) or after it. Returns the names of the replaced layers. Raises ValueError for a head that is the embedding.
-    """
-    names = []
-    if head:
-        if model.lm_head.weight is model.model.embed_tokens.weight:
-            raise ValueError("--quantize-head: this model's head shares the embedding's weight, which stays dense")
-        model.lm_head = NF4Linear.from_linear(model.lm_head)
-        names.append("lm_head")
-    for prefix, block in ((n, m) for n, m in model.named_modules() if any(m is b for b in model.blocks)):
-        for name, layer in list(block.named_modules()):
-            if type(layer) is nn.Linear and ".lora_" not in name:  # adapters stay as they are
-                parent, _, leaf = name.rpartition(".")
-                setattr(block.get_submodule(parent), leaf, NF4Linear.from_linear(layer))
-                names.append(f"{prefix}.{name}")
-    return names
+    """Replace every linear layer of the model's blocks, and its head if wanted, by an NF4Linear (`quantize_blocks`)."""
+    return quantize_blocks(model, NF4Linear, head=head)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

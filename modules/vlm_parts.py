@@ -11,20 +11,21 @@ from torch import nn
 
 from models.vision_language import VisionLanguageModel
 from modules.lora import add_lora
+from modules.quantize import quantize_blocks
 from modules.whole_modules import train_whole_modules
 
 
-def quantize_parts(model: VisionLanguageModel, how: dict[str, str], *, head: bool = False) -> None:
-    """Keep both towers' linear layers in NF4, unless they are trained in full, and the head if wanted."""
-    from modules.nf4 import quantize_nf4  # torchao takes seconds to import
-
+def quantize_parts(
+    model: VisionLanguageModel, how: dict[str, str], kind: type[nn.Linear] | None, *, head: bool = False
+) -> None:
+    """Keep both towers' linear layers in this kind, unless they are trained in full, and the head if wanted."""
     if head and how["language"] == "full":
-        raise ValueError("--quantize-head: the head is trained with --language full, and 4-bit weights are frozen")
+        raise ValueError("--quantize-head: the head is trained with --language full, and quantised weights are frozen")
     if how["vision"] != "full":
-        quantize_nf4(model.vision_tower)
+        quantize_blocks(model.vision_tower, kind)
     if how["language"] != "full":
         language = model.language_model
-        quantize_nf4(language, head=head)
+        quantize_blocks(language, kind, head=head)
         model.lm_head = language.lm_head
 
 

@@ -243,7 +243,7 @@ class StreamedWeights:
 
 
 def _parts(weight: Tensor) -> dict[str, Tensor]:
-    """The memory that a weight consists of: its own, or the inner tensors of a subclass such as NF4Tensor."""
+    """The memory that a weight consists of: its own, or the inner tensors of a quantised one."""
     if not hasattr(weight, "__tensor_flatten__"):
         return {"weight": weight}
     return {name: getattr(weight, name) for name in weight.__tensor_flatten__()[0]}
@@ -260,7 +260,8 @@ def _laid_out(weights: Sequence[Tensor], memory: Tensor) -> list[nn.Parameter]:
         made = parts.get("weight")
         if made is None:
             _, context = weight.__tensor_flatten__()
-            context["tensor_meta"] = dataclasses.replace(context["tensor_meta"], device=memory.device)
+            if "tensor_meta" in context:  # NF4Tensor keeps a device there, too
+                context["tensor_meta"] = dataclasses.replace(context["tensor_meta"], device=memory.device)
             made = type(weight).__tensor_unflatten__(parts, context, weight.shape, weight.stride())
         parameters.append(nn.Parameter(made, requires_grad=False))
     assert offset == memory.numel(), "the blocks differ in their layers' shapes or types"

@@ -26,11 +26,13 @@ from data.batches import Batches
 from data.chat_templates import load_chat_template
 from data.dataset import load_dataset
 from data.images import load_image_processor
-from data.new_tokens import load_trained_tokenizer
+from data.new_tokens import tokenizer_folder
+from data.tokenizers import load_tokenizer
 from models import build_model
 from models.vision_language import VisionLanguageModel
 from modules.device import pick_device, pick_dtype
 from modules.evaluation import evaluate_loss
+from modules.quantize import linear_kind, quantize_blocks
 from modules.virtual_tokens import placeholders
 
 
@@ -54,8 +56,8 @@ class Config:
     """Chat template: auto (the adapter's or checkpoint's own), llama2, llama3, chatml, vicuna or a .jinja file."""
     batch_size: int = 1
     """Rows per forward pass."""
-    quantize: Literal["none", "nf4"] = "none"
-    """Keep the linear layers of the blocks in 4 bits."""
+    quantize: Literal["none", "nf4", "int8", "int4", "float8"] = "none"
+    """Keep the linear layers of the blocks in 4 or 8 bits."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 …"""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -69,7 +71,7 @@ def main(cfg: Config) -> None:
     config = read_config(folder)
     model = build_model(config)
     sees = isinstance(model, VisionLanguageModel)
-    tokenizer = load_trained_tokenizer(folder, cfg.adapter)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, cfg.adapter))
     dataset = load_dataset(
         cfg.data,
         tokenizer,
@@ -88,10 +90,7 @@ def main(cfg: Config) -> None:
         raise ValueError(
             f"{cfg.data} has a row of {longest} tokens; this model takes {model.config.max_length} at most"
         )
-    if cfg.quantize == "nf4":
-        from modules.nf4 import quantize_nf4  # torchao takes seconds to import
-
-        quantize_nf4(model)
+    quantize_blocks(model, linear_kind(cfg.quantize))
     load_weights(model, WeightFiles(folder), device=device, dtype=dtype)
     if cfg.adapter:
         load_adapter(model, cfg.adapter)

@@ -23,12 +23,14 @@ from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights,
 from data.chat_templates import load_chat_template, stop_token_ids
 from data.image_files import check, load_image
 from data.images import load_image_processor
-from data.new_tokens import load_trained_tokenizer
+from data.new_tokens import tokenizer_folder
+from data.tokenizers import load_tokenizer
 from models import build_model
 from models.vision_language import VisionLanguageModel
 from modules.device import pick_device, pick_dtype
 from modules.generation import generate
 from modules.image_tokens import place_images
+from modules.quantize import linear_kind, quantize_blocks
 
 
 @dataclass
@@ -51,8 +53,8 @@ class Config:
     """Longest completion."""
     temperature: float = 0.0
     """0 is greedy."""
-    quantize: Literal["none", "nf4"] = "none"
-    """Keep the linear layers of the blocks in 4 bits."""
+    quantize: Literal["none", "nf4", "int8", "int4", "float8"] = "none"
+    """Keep the linear layers of the blocks in 4 or 8 bits."""
     seed: int = 0
     """Seed of the sampling."""
     device: str = "auto"
@@ -73,12 +75,9 @@ def main(cfg: Config) -> None:
     sees = isinstance(model, VisionLanguageModel)
     if cfg.image and not sees:
         raise ValueError(f"--image: {cfg.model} is a {type(model).__name__}, which sees nothing")
-    tokenizer = load_trained_tokenizer(folder, cfg.adapter)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, cfg.adapter))
     template = None if cfg.raw else load_chat_template(folder, tokenizer, cfg.chat_format, extra_folder=cfg.adapter)
-    if cfg.quantize == "nf4":
-        from modules.nf4 import quantize_nf4  # torchao takes seconds to import
-
-        quantize_nf4(model)
+    quantize_blocks(model, linear_kind(cfg.quantize))
     load_weights(model, WeightFiles(folder), device=device, dtype=pick_dtype(cfg.dtype, device))
     if cfg.adapter:
         load_adapter(model, cfg.adapter)

@@ -46,6 +46,7 @@ from modules.lora_block import disagreement, why_not
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory
 from modules.optim import build_optimizer, learning_rate
+from modules.quantize import linear_kind, quantize_blocks
 from modules.step_in_backward import step_in_backward
 from modules.weight_streaming import stream_weights
 
@@ -107,8 +108,8 @@ class Config:
     """Layers to adapt, by name: q_proj, self_attn.q_proj, lm_head, or a full name."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which adapters are kept; bfloat16 ones are updated with stochastic rounding."""
-    quantize: Literal["none", "nf4"] = "none"
-    """Keep the frozen linear layers of the blocks in 4 bits."""
+    quantize: Literal["none", "nf4", "int8", "int4", "float8"] = "none"
+    """Keep the frozen linear layers of the blocks in 4 or 8 bits."""
     quantize_head: bool = False
     """The head, too; losses rise a little."""
     embedding: Literal["resident", "host"] = "resident"
@@ -211,12 +212,8 @@ def train(cfg: Config, run: RunFolder) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 4 Model and weights
     weights = WeightFiles(folder)
-    if cfg.quantize_head and cfg.quantize == "none":
-        raise ValueError("--quantize-head quantises the head like the blocks: it needs --quantize nf4")
-    if cfg.quantize == "nf4":
-        from modules.nf4 import quantize_nf4  # torchao takes seconds to import
-
-        quantize_nf4(model, head=cfg.quantize_head)  # still on the meta device: each weight is quantised as it arrives
+    # Still on the meta device: each weight is quantised as it arrives.
+    quantize_blocks(model, linear_kind(cfg.quantize), head=cfg.quantize_head)
     model.requires_grad_(False)
     if cfg.embedding == "host":
         keep_embedding_on_host(model, device)

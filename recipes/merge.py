@@ -8,14 +8,14 @@ Every method that a plain weight can stand for: LoRA and its relatives, DoRA, Ve
 formed in float32 and rounded once to the checkpoint's dtype, one layer at a time, the base memory-mapped: memory is
 that of the largest tensor.
 
-`--quantize nf4` first rounds the blocks' linear layers to NF4 and back: the base that a QLoRA adapter was trained on.
-Without an adapter that writes the base as QLoRA sees it. With one it prints, as JSON, what loading the result in NF4
-again would do to each kind of layer: the error of that rounding as a part of the merged weight (`of_weight`) and of the
-adapter's change (`of_change`; above 1, most of the adapter is lost, and it is better served beside its base).
+`--quantize nf4` (or int8, int4, float8) first rounds the blocks' linear layers and back: the base that a QLoRA adapter
+was trained on. Without an adapter that writes the base as QLoRA sees it. With one it prints, as JSON, what quantising
+the result again would do to each kind of layer: the error of that rounding as a part of the merged weight
+(`of_weight`) and of the adapter's change (`of_change`; above 1, most of the adapter is lost, and it is better served
+beside its base).
 """
 
 import json
-import shutil
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -33,13 +33,14 @@ from checkpointing.adapters import load_adapter
 from checkpointing.atomic import atomic_folder, check_vacant
 from checkpointing.errors import clear_errors, say
 from checkpointing.export import check_export, write_companions, write_weights
-from checkpointing.pretrained import COMPANIONS, WeightFiles, find_checkpoint, map_weights, on_disk, read_config
+from checkpointing.pretrained import WeightFiles, find_checkpoint, map_weights, on_disk, read_config
 from checkpointing.safetensors_file import spec_bytes
+from data.new_tokens import copy_tokenizer, tokenizer_folder
 from models import build_model
 from modules.adapter_switch import Requantised, adapted_layers, check_mergeable, requantised
 from modules.bitfit import missing_biases
 from modules.device import DTYPES, pick_device
-from modules.nf4 import dequantize_nf4, quantize_nf4, quantize_nf4_tensor
+from modules.quantize import linear_kind, quantize_blocks, rounded_like
 from modules.vocabulary import HEAD, embedding_name
 
 
@@ -51,8 +52,8 @@ class Config:
     """Folder to write; it must not exist or be empty."""
     adapter: Path | None = None
     """Adapter folder in PEFT's format."""
-    quantize: Literal["none", "nf4"] = "none"
-    """Round the blocks' linear layers to NF4 first."""
+    quantize: Literal["none", "nf4", "int8", "int4", "float8"] = "none"
+    """Round the blocks' linear layers like this first."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of the written weights; auto: the checkpoint's."""
     device: str = "cpu"
@@ -69,7 +70,8 @@ def main(cfg: Config) -> None:
     config = read_config(folder)
     weights = WeightFiles(folder)
     model = build_model(config)
-    quantized = set(quantize_nf4(build_model(config))) if cfg.quantize == "nf4" else set()  # their names
+    kind = linear_kind(cfg.quantize)
+    quantized = set(quantize_blocks(build_model(config), kind))  # their names
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     map_weights(model, weights)
     vocab_size, tied = model.config.vocab_size, model.config.tie_word_embeddings
@@ -83,7 +85,7 @@ def main(cfg: Config) -> None:
 
     def rounded(path: str, weight: Tensor) -> Tensor:
         weight = weight.to(device, weight.dtype if cfg.dtype == "auto" else DTYPES[cfg.dtype])
-        return dequantize_nf4(quantize_nf4_tensor(weight)) if path in quantized else weight
+        return rounded_like(kind, weight) if path in quantized else weight
 
     def merged(path: str) -> nn.Module:
         if path not in last:
@@ -110,7 +112,7 @@ def main(cfg: Config) -> None:
     config = changed(config, **fields)
     if tied and not is_still_tied(model, layers, merged):  # the head no longer equals the embedding: it stands alone
         config, tied = changed(config, tie_word_embeddings=False), False
-    if grown := model.config.vocab_size != vocab_size:
+    if model.config.vocab_size != vocab_size:
         config = changed(config, vocab_size=model.config.vocab_size)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     dtype = next(iter(parameters.values())).dtype if cfg.dtype == "auto" else DTYPES[cfg.dtype]
@@ -132,10 +134,8 @@ def main(cfg: Config) -> None:
         template = cfg.adapter / "chat_template.jinja" if cfg.adapter else None
         chat_template = template.read_text(encoding="utf-8") if template and template.is_file() else None
         write_companions(target, config, folder, dtype=dtype, chat_template=chat_template)
-        new_tokens = grown or any(hasattr(layer, "token_adapter") for layer in layers.values())
-        for name in COMPANIONS if new_tokens else ():  # the tokenizer that knows them
-            if (cfg.adapter / name).is_file():
-                shutil.copyfile(cfg.adapter / name, target / name)
+        if (source := tokenizer_folder(folder, cfg.adapter)) != folder:  # the adapter brings new tokens
+            copy_tokenizer(source, target)
     if errors:
         print(json.dumps({"requantised": summary(errors)}, indent=2))
     say(f"merged model in {cfg.output}")

@@ -48,6 +48,7 @@ from modules.memory import describe_memory, plan_memory
 from modules.methods import METHODS, Options, add_method, find_method
 from modules.optim import build_optimizer, learning_rate
 from modules.peft_names import read_pattern
+from modules.quantize import linear_kind, quantize_blocks
 from modules.step_in_backward import step_in_backward
 from modules.token_rows import train_token_rows
 from modules.virtual_tokens import placeholders
@@ -135,8 +136,8 @@ class Config:
     """Its hidden size; default: p-tuning the model's, prefix 512."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which adapters are kept; bfloat16 ones are updated with stochastic rounding."""
-    quantize: Literal["none", "nf4"] = "none"
-    """Keep the frozen linear layers of the blocks in 4 bits."""
+    quantize: Literal["none", "nf4", "int8", "int4", "float8"] = "none"
+    """Keep the frozen linear layers of the blocks in 4 or 8 bits."""
     quantize_head: bool = False
     """The head, too; losses rise a little."""
     embedding: Literal["resident", "host"] = "resident"
@@ -248,18 +249,12 @@ def train(cfg: Config, run: RunFolder) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 4 Model and weights
     weights = WeightFiles(folder)
-    if cfg.quantize_head and cfg.quantize == "none":
-        raise ValueError("--quantize-head quantises the head like the blocks: it needs --quantize nf4")
-    quantized = None
+    kind = linear_kind(cfg.quantize)
     needs_dense = getattr(method, "NEEDS_DENSE", False)  # then it is the method that quantises
     if needs_dense and cfg.weights != "resident":
         raise ValueError(f"--method {cfg.method} begins with the dense weights: it needs --weights resident")
-    if cfg.quantize == "nf4":
-        from modules.nf4 import NF4Linear, quantize_nf4  # torchao takes seconds to import
-
-        quantized = NF4Linear
-        if not needs_dense:  # still on the meta device: each weight is quantised as it arrives
-            quantize_nf4(model, head=cfg.quantize_head)
+    if not needs_dense:  # still on the meta device: each weight is quantised as it arrives
+        quantize_blocks(model, kind, head=cfg.quantize_head)
     model.requires_grad_(False)
     if cfg.embedding == "host":
         keep_embedding_on_host(model, device)
@@ -277,14 +272,14 @@ def train(cfg: Config, run: RunFolder) -> None:
     # 5 Adapters / quantisation
     first_batches = (b.to(device, dtype) for _, _, step in islice(batches.steps(0, 0), START_STEPS) for b in step)
     sizes = dict(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout, targets=cfg.targets)
-    start = dict(dtype=DTYPES[cfg.adapter_dtype], quantize=quantized, batches=first_batches)
+    start = dict(dtype=DTYPES[cfg.adapter_dtype], quantize=kind, batches=first_batches)
     sizes |= dict(rank_pattern=read_pattern("--rank-pattern", cfg.rank_pattern, int))
     sizes |= dict(alpha_pattern=read_pattern("--alpha-pattern", cfg.alpha_pattern))
     virtual = dict(num_virtual_tokens=num_virtual_tokens, prompt_init=cfg.prompt_init, prompt_ids=prompt_ids)
     virtual |= dict(prompt_encoder=cfg.prompt_encoder, encoder_size=cfg.encoder_size)
     add_method(model, cfg.method, Options(**sizes, **start, **virtual))
-    if quantized and needs_dense:
-        quantize_nf4(model)  # what has no adapter
+    if needs_dense:
+        quantize_blocks(model, kind, head=cfg.quantize_head)  # what has no adapter
     train_whole_modules(model, cfg.modules_to_save)
     train_token_rows(model, new_rows, DTYPES[cfg.adapter_dtype])
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -49,6 +49,7 @@ from modules.lora_block import disagreement, why_not
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory, storage_bytes
 from modules.optim import build_optimizer, learning_rate
+from modules.quantize import linear_kind
 from modules.step_in_backward import step_in_backward
 from modules.vlm_parts import fits_adapter, name_in_language_model, quantize_parts, train_parts
 from modules.weight_streaming import stream_weights
@@ -129,8 +130,8 @@ class Config:
     """Layers of the language model to adapt, by name; of the other two parts it is every linear layer."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which adapters are kept; bfloat16 ones are updated with stochastic rounding."""
-    quantize: Literal["none", "nf4"] = "none"
-    """Keep the linear layers of blocks that are not trained in full in 4 bits."""
+    quantize: Literal["none", "nf4", "int8", "int4", "float8"] = "none"
+    """Keep the linear layers of blocks that are not trained in full in 4 or 8 bits."""
     quantize_head: bool = False
     """The head, too; losses rise a little."""
     embedding: Literal["resident", "host"] = "resident"
@@ -241,12 +242,10 @@ def train(cfg: Config, run: RunFolder) -> None:
     how = {"vision": cfg.vision, "projector": cfg.projector, "language": cfg.language}
     if dtype == torch.float16 and "full" in how.values():
         raise ValueError("float16 cannot hold an Adam step of weights trained in full: use --dtype bfloat16 or float32")
-    if cfg.quantize_head and cfg.quantize == "none":
-        raise ValueError("--quantize-head quantises the head like the blocks: it needs --quantize nf4")
     if cfg.language == "full" and (cfg.embedding == "host" or cfg.weights != "resident"):
         raise ValueError("--embedding host and --weights stream are for frozen weights: not with --language full")
-    if cfg.quantize == "nf4":
-        quantize_parts(model, how, head=cfg.quantize_head)  # still on the meta device: each weight as it arrives
+    # Still on the meta device: each weight is quantised as it arrives.
+    quantize_parts(model, how, linear_kind(cfg.quantize), head=cfg.quantize_head)
     model.requires_grad_(False)
     language = model.language_model
     if cfg.embedding == "host":

@@ -42,6 +42,7 @@ from modules.evaluation import evaluate_loss, sample_completion
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory, storage_bytes
 from modules.optim import build_optimizer, learning_rate
+from modules.quantize import linear_kind, quantize_blocks
 from modules.step_in_backward import step_in_backward
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ class Config:
     """Gradients are scaled down to this global norm; 0: never."""
     init_projector: bool = False
     """Begin with a random projector instead of the checkpoint's."""
-    quantize: Literal["none", "nf4"] = "none"
+    quantize: Literal["none", "nf4", "int8", "int4", "float8"] = "none"
     """Keep both towers' linear layers in 4 bits while training; the result has the checkpoint's own."""
     activations: Literal["none", "fast", "lean", "offload"] = "lean"
     """What a block keeps for backward: everything, what is dear to recompute, its input, its input in host memory."""
@@ -201,10 +202,8 @@ def train(cfg: Config, run: RunFolder) -> None:
     weights = WeightFiles(folder)
     if dtype == torch.float16:
         raise ValueError("float16 cannot hold an Adam step of weights trained in full: use --dtype bfloat16 or float32")
-    if cfg.quantize == "nf4":
-        from modules.nf4 import quantize_nf4  # torchao takes seconds to import
-
-        quantize_nf4(model)  # still on the meta device: each weight is quantised as it arrives
+    # Still on the meta device: each weight is quantised as it arrives.
+    quantize_blocks(model, linear_kind(cfg.quantize))
     load_weights(model, weights, device=device, dtype=dtype)
     projector = model.projector
     if cfg.init_projector:

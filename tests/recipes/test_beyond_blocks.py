@@ -71,6 +71,12 @@ def test_trains_resumes_and_opens(base, tmp_path, what, model):
     adapters = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "run")]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0] | adapters[1])
 
+    # merged: a folder of transformers' with the same loss
+    merged = tmp_path / "merged"
+    run_recipe("merge", "--model", base / model, "--adapter", tmp_path / "whole/adapter", "--output", merged)
+    again = json.loads(run_recipe("evaluate", "--model", merged, *flags[2:]).stdout)
+    assert again["tokens"] == found["tokens"] and again["loss"] == pytest.approx(found["loss"], rel=1e-5)
+
     # in transformers and peft: the same loss over one row
     adapter = tmp_path / "whole/adapter"
     theirs = AutoModelForCausalLM.from_pretrained(base / model)
@@ -83,7 +89,16 @@ def test_trains_resumes_and_opens(base, tmp_path, what, model):
     data = write_rows(tmp_path / "row.jsonl", [{"text": text}])
     ours = run_recipe("evaluate", *flags[:2], "--data", data, *flags[4:], "--adapter", adapter, "--train-on", "all")
     ids = torch.cat([ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
-    assert json.loads(ours.stdout)["loss"] == pytest.approx(theirs(ids, labels=ids).loss.item(), rel=1e-5)
+    opened = AutoModelForCausalLM.from_pretrained(merged)
+    assert AutoTokenizer.from_pretrained(merged)(text).input_ids == tokenizer(text).input_ids
+    for other in (theirs, opened):
+        assert json.loads(ours.stdout)["loss"] == pytest.approx(other(ids, labels=ids).loss.item(), rel=1e-5)
+    if "new tokens" in what:  # untrained rows stay bit for bit
+        before = AutoModelForCausalLM.from_pretrained(base / model)
+        size = before.config.vocab_size
+        assert opened.config.vocab_size == size + 2
+        assert torch.equal(opened.model.embed_tokens.weight[:size], before.model.embed_tokens.weight)
+        assert torch.equal(opened.lm_head.weight[:size], before.lm_head.weight) == ("head whole" not in what)
 
 
 @pytest.mark.parametrize("what", WHAT)

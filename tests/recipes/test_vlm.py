@@ -335,7 +335,7 @@ def test_what_cannot_work(base, tmp_path):
         (("--language", "full", "--weights", "stream"), "not with --language full"),
         (("--language", "full", "--embedding", "host"), "not with --language full"),
         (("--quantize-head",), "needs --quantize nf4"),
-        (("--quantize-head", "--quantize", "nf4", "--language", "full"), "4-bit weights are frozen"),
+        (("--quantize-head", "--quantize", "nf4", "--language", "full"), "quantised weights are frozen"),
     ):
         done = train(base, tmp_path / "run", *flags, check=False)
         assert done.returncode == 2 and said in done.stderr
