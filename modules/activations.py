@@ -62,6 +62,8 @@ def keep_activations(
     streaming, bind = bind is not None, bind or (lambda block: None)
     offload = ActivationOffload(model.model.norm.weight.device) if rung == "offload" else None
     hand_written = FusedBlocks(model, offload) if fused else None
+    if fused and not streaming:
+        hand_written.put_weights_side_by_side()
     index = {id(block): i for i, block in enumerate(model.blocks)}
 
     def rung_of(block: nn.Module, hidden: Tensor) -> str:

@@ -44,9 +44,9 @@ def compiled(function: Callable, *, any_length: bool = True) -> Callable:
         if not (_enabled and args[0].is_cuda) or torch.compiler.is_compiling():
             return function(*args)
         tokens = args[0].shape[0] if any_length else -1
-        # 0 and 1 tokens, and 2³¹ numbers, are where a kernel for all other lengths would be wrong.
+        # 0 and 1 tokens, and offsets of 2³¹ numbers, are where a kernel for all other lengths would be wrong.
         key = tuple(
-            (a.dtype, a.stride(), a.shape[a.shape[:1] == (tokens,) :], a.numel() < 2**31)
+            (a.dtype, a.stride(), a.shape[a.shape[:1] == (tokens,) :], a.numel() < 2**31 > _extent(a))
             if isinstance(a, Tensor)
             else a
             for a in args
@@ -57,6 +57,11 @@ def compiled(function: Callable, *, any_length: bool = True) -> Callable:
         return kernel(*[a for a in args if isinstance(a, Tensor)])
 
     return call
+
+
+def _extent(tensor: Tensor) -> int:
+    """Numbers from a tensor's first row to behind its last one, others between them included."""
+    return tensor.shape[0] * tensor.stride(0) if tensor.ndim else 1
 
 
 def _build(function: Callable, args: tuple, tokens: int) -> Callable:

@@ -37,8 +37,15 @@ from modules.activation_offload import ActivationOffload, saved_for_backward
 from modules.adapter_parts import FrozenLinear
 from modules.attention import Attention, SequenceLayout, attend, padded_layout
 from modules.lora import LoRALinear
-from modules.lora_products import AdapterCopies, GradientSum, Projections
-from modules.pointwise import rms_norm, rms_norm_backward, rotate, rotate_backward, swiglu, swiglu_backward_
+from modules.lora_products import AdapterCopies, GradientSum, Projections, put_side_by_side
+from modules.pointwise import (
+    rms_norm,
+    rms_norm_backward,
+    split_and_rotate,
+    split_and_rotate_backward,
+    swiglu,
+    swiglu_backward_,
+)
 
 TILE_BYTES = 768 * 2**20  # of gate, up and silu(gate) · up alive at a time
 WORKSPACE_BYTES = 512 * 2**20  # of attention's backward: dq in float32, dk and dv for every query head
@@ -103,8 +110,10 @@ class FusedBlocks:
     def __init__(self, model: nn.Module, offload: ActivationOffload | None = None):
         self.offload = offload
         self.blocks = {id(block): BlockLayers(block) for block in model.blocks}
-        self.first = model.blocks[0]
-        self.copies: AdapterCopies | None = None
+
+    def put_weights_side_by_side(self) -> None:
+        """One product for q, k and v, and one for gate and up, where these are dense; not for weights that travel."""
+        put_side_by_side([group for layers in self.blocks.values() for group in layers.groups])
 
     def run(
         self,
@@ -141,6 +150,7 @@ class BlockLayers:
     def __init__(self, block: LlamaBlock):
         attention, mlp = block.self_attn, block.mlp
         self.head_dim = attention.head_dim
+        self.heads, self.kv_heads = (p.out_features // self.head_dim for p in (attention.q_proj, attention.k_proj))
         self.norm, self.norm2 = block.input_layernorm, block.post_attention_layernorm
         self.qkv = Projections(attention.q_proj, attention.k_proj, attention.v_proj)
         self.o = Projections(attention.o_proj)
@@ -148,6 +158,7 @@ class BlockLayers:
         self.down = Projections(mlp.down_proj)
         self.groups = (self.qkv, self.o, self.gate_up, self.down)
         self.parameters = [p for group in self.groups for p in group.parameters]
+        self.copies: AdapterCopies | None = None
         self.places = [(m._modules, name, m._modules[name]) for m in (attention, mlp) for name in m._modules]
 
     def are_in_place(self) -> bool:
@@ -182,11 +193,12 @@ class _FusedBlock(torch.autograd.Function):
             ctx.save_for_backward(*([] if offloaded else [x]))
         out = torch.empty_like(x)
         for tile in run.tiles:
-            gate_up = run.gate_and_up(kept.x_mid[tile])
-            how.layers.down.forward(swiglu(*gate_up[:2]), onto=kept.x_mid[tile], out=out[tile])
+            gate_up, a = run.gate_and_up(kept.x_mid[tile])
+            h = swiglu(*gate_up.chunk(2, dim=1))
+            _, a_down = how.layers.down.forward(h, onto=kept.x_mid[tile], out=out[tile])
             if how.keep == "fast":
-                kept.gate_up.append(gate_up)
-            del gate_up
+                kept.gate_up.append((gate_up, a, a_down))
+            del gate_up, h
         return out.view(hidden.shape)
 
     @staticmethod
@@ -201,7 +213,7 @@ class _FusedBlock(torch.autograd.Function):
         kept, ctx.kept = ctx.kept or run.first_half(x), None
         dy, dx_mid, second_half = grad.flatten(0, 1), None, GradientSum(layers.gate_up, layers.down)
         for tile in run.tiles:
-            gate_up = kept.gate_up.pop(0) if kept.gate_up else run.gate_and_up(kept.x_mid[tile])
+            gate_up = kept.gate_up.pop(0) if kept.gate_up else (*run.gate_and_up(kept.x_mid[tile]), None)
             dx_tile, grads = run.feed_forward_backward(dy[tile], kept.x_mid[tile], gate_up)
             second_half.add(grads)
             dx_mid = _place(dx_mid, dx_tile, tile, len(x))
@@ -220,7 +232,7 @@ class Kept(NamedTuple):
     a_qkv: Tensor | None
     a_o: Tensor | None
     x_mid: Tensor | None
-    gate_up: list[tuple]  # gate, up and a of each tile; empty: to be computed again
+    gate_up: list[tuple]  # gate and up side by side, their a, down's a, of each tile; empty: to be computed again
     saved: list[Tensor]  # what attention's graph holds on to
 
     def large(self) -> list[Tensor]:
@@ -236,18 +248,17 @@ class _Pass:
         B, T, _ = hidden_BTD.shape
         self.layers, self.layout, self.batch = layers, layout, B
         self.tables = [table.expand(B, T, -1).reshape(B * T, -1) for table in (cos_BTH, sin_BTH)]
-        q, k, _ = (layer.out_features for layer in layers.qkv.layers)
-        self.groups = _groups(8 * B * T * q, k // layers.head_dim)
-        row = 3 * layers.gate_up.layers[0].out_features * hidden_BTD.element_size()
+        self.groups = _groups(8 * B * T * layers.heads * layers.head_dim, layers.kv_heads)
+        row = 3 * layers.gate_up.sizes[0] * hidden_BTD.element_size()
         tile = math.ceil(B * T / math.ceil(B * T * row / TILE_BYTES))
         self.tiles = [slice(start, min(start + tile, B * T)) for start in range(0, B * T, tile)]
 
     def first_half(self, x: Tensor) -> Kept:
         """x' = x + attention, with what its backward needs."""
         layers = self.layers
-        (q, k, v), a_qkv = layers.qkv.forward(rms_norm(x, layers.norm.weight, layers.norm.eps))
-        q, k, v = (t.view(len(x), -1, layers.head_dim) for t in (q, k, v))
-        q, k = rotate(q, k, *self.tables)
+        qkv, a_qkv = layers.qkv.forward(rms_norm(x, layers.norm.weight, layers.norm.eps))
+        q, k, v = split_and_rotate(qkv, *self.tables, layers.heads, layers.kv_heads)
+        del qkv
         q, k, v = (t.view(self.batch, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))  # [B, N, T, H]
         heads, saved = [], []
         with torch.enable_grad():
@@ -256,15 +267,15 @@ class _Pass:
                 with saved_for_backward() as kept_by_graph:
                     heads.append((*leaves, attend(*leaves, self.layout)))
                 saved += kept_by_graph
-        (x_mid,), a_o = layers.o.forward(_together([out.detach() for _, _, _, out in heads]).flatten(1), onto=x)
+        x_mid, a_o = layers.o.forward(_together([out.detach() for _, _, _, out in heads]).flatten(1), onto=x)
         return Kept(heads, a_qkv, a_o, x_mid, [], saved)
 
     def attention_backward(self, dx_mid: Tensor, x: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
         """∂x, and the gradients of the adapters of q, k, v and o. Empties `kept.heads` on the way."""
         layers = self.layers
-        dout, g_o = layers.o.backward([dx_mid])
+        dout, g_o = layers.o.backward(dx_mid)
         out = _together([out.detach() for _, _, _, out in kept.heads]).flatten(1)
-        grads_o = layers.o.gradients([dx_mid], g_o, out, kept.a_o)
+        grads_o = layers.o.gradients(dx_mid, g_o, out, kept.a_o)
         del out
         dout = dout.view(self.batch, -1, dout.shape[1] // layers.head_dim, layers.head_dim).transpose(1, 2)
         parts = []
@@ -275,29 +286,31 @@ class _Pass:
         del dout, dout_g
         dq, dk, dv = (_together(part) for part in zip(*parts, strict=True))
         del parts
-        dqkv = [t.flatten(1) for t in (*rotate_backward(dq, dk, *self.tables), dv)]
+        dqkv = split_and_rotate_backward(dq, dk, dv, *self.tables)
         del dq, dk, dv
         dn, g_qkv = layers.qkv.backward(dqkv)
         dx, n = rms_norm_backward(dn, x, layers.norm.weight, layers.norm.eps, dx_mid)
         return dx, layers.qkv.gradients(dqkv, g_qkv, n, kept.a_qkv) + grads_o
 
-    def gate_and_up(self, x_mid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def gate_and_up(self, x_mid: Tensor) -> tuple[Tensor, Tensor | None]:
         norm = self.layers.norm2
-        (gate, up), a = self.layers.gate_up.forward(rms_norm(x_mid, norm.weight, norm.eps))
-        return gate, up, a
+        gate_up, a = self.layers.gate_up.forward(rms_norm(x_mid, norm.weight, norm.eps))
+        return gate_up, a
 
-    def feed_forward_backward(self, dy: Tensor, x_mid: Tensor, gate_up: tuple) -> tuple[Tensor, list[Tensor]]:
+    def feed_forward_backward(self, dy: Tensor, x_mid: Tensor, kept: tuple) -> tuple[Tensor, list[Tensor]]:
         """∂x' of a tile, and the gradients of the adapters of gate, up and down; overwrites gate and up."""
         layers, norm = self.layers, self.layers.norm2
-        gate, up, a = gate_up
-        dh, g_down = layers.down.backward([dy])
-        swiglu_backward_(gate, up, dh)
-        dgate, dup, h = gate, up, dh
-        grads_down = layers.down.gradients([dy], g_down, h, layers.down.low_rank(h))
+        gate_up, a, a_down = kept
+        dh, g_down = layers.down.backward(dy)
+        swiglu_backward_(*gate_up.chunk(2, dim=1), dh)
+        dgate_up, h = gate_up, dh
+        if a_down is None:
+            a_down = layers.down.low_rank(h)
+        grads_down = layers.down.gradients(dy, g_down, h, a_down)
         del dh, h
-        dn, g = layers.gate_up.backward([dgate, dup])
+        dn, g = layers.gate_up.backward(dgate_up)
         dx_mid, n = rms_norm_backward(dn, x_mid, norm.weight, norm.eps, dy)
-        return dx_mid, layers.gate_up.gradients([dgate, dup], g, n, a) + grads_down
+        return dx_mid, layers.gate_up.gradients(dgate_up, g, n, a) + grads_down
 
 
 def _together(groups_BNTH: Sequence[Tensor]) -> Tensor:

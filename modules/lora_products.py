@@ -1,19 +1,26 @@
 """The matrix products of linear layers with LoRA, forward and backward, written out.
 
-For layers that read the same input x (q, k and v; gate and up), the scaling s = α/r taken into A:
+For layers that read the same input x (q, k and v; gate and up), whose outputs stand side by side in y [T, O], with the
+scaling s = α/r taken into A:
 
     forward     a  = s · x Aᵀ          all adapters' A stacked: x is read once, and a [T, R] is tiny
-                yᵢ = aᵢ Bᵢᵀ + x Wᵢᵀ    the big product adds onto the small one: no third pass over y
+                yᵢ = aᵢ Bᵢᵀ            each layer's columns
+                y += x Wᵀ              the big product adds onto the small ones: no third pass over y
     backward    gᵢ = dyᵢ Bᵢ            [T, rᵢ], side by side in g [T, R]
-                dx = s · g A + Σ dyᵢ Wᵢ
+                dx = s · g A + dy W
                 dA = s · gᵀ x,   dBᵢ = dyᵢᵀ aᵢ
 
 In this order the adapters cost 4 T r (in + out) operations each; by way of dW = dyᵀ x it would be some hundred times
 as much. W is frozen, so x is not needed to get dx: backward asks for x (for dA) and a (for dB) only after that, in a
-call of its own. One frozen matrix at a time is dequantised, and dropped after its product.
+call of its own.
 
-T tokens, D input features, R the ranks of all adapters together.
+Dense weights that lie one behind the other in memory are one W, and one product; `put_side_by_side` moves them there.
+Quantised ones are taken one at a time: dequantised, and dropped after their product.
+
+T tokens, D input features, O output features and R ranks of all layers together.
 """
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,62 +37,75 @@ class Projections:
     def __init__(self, *layers: nn.Linear):
         self.layers = layers
         self.adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
+        self.sizes = [layer.out_features for layer in layers]
         self.ranks = [layer.rank if layer in self.adapted else 0 for layer in layers]
         self.parameters = [p for layer in self.adapted for p in (layer.lora_A.weight, layer.lora_B.weight)]
 
     def forward(
         self, x_TD: Tensor, onto: Tensor | None = None, out: Tensor | None = None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Every layer's output, and a. A single layer can add its output to `onto`, and write the sum to `out`."""
-        a_TR, outputs = self.low_rank(x_TD), []
-        for i, (layer, a_Tr) in enumerate(zip(self.layers, self._columns(a_TR), strict=True)):
-            W = dense_weight(layer)
-            if a_Tr is None:
-                y = x_TD @ W.t() if onto is None else torch.addmm(onto, x_TD, W.t(), out=out)
-            else:
-                B_t = self.Bs[i].t()
-                y = torch.mm(a_Tr, B_t, out=out) if onto is None else torch.addmm(onto, a_Tr, B_t, out=out)
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [T, O], and a. A single layer can add its output to `onto`, and write the sum to `out`."""
+        a_TR = self.low_rank(x_TD)
+        y_TO = x_TD.new_empty(len(x_TD), sum(self.sizes)) if out is None else out
+        if onto is None:
+            for y, a, B in self._adapters(y_TO, a_TR):
+                torch.mm(a, B.t(), out=y)
+        elif self.adapted:
+            torch.addmm(onto, a_TR, self.Bs[0].t(), out=y_TO)
+        for columns, adapted, W in self._frozen():
+            y = y_TO[:, columns]
+            if adapted:
                 y.addmm_(x_TD, W.t())
-            outputs.append(y)
+            elif onto is None:
+                torch.mm(x_TD, W.t(), out=y)
+            else:
+                torch.addmm(onto, x_TD, W.t(), out=y)
             del W
-        return outputs, a_TR
+        return y_TO, a_TR
 
     def low_rank(self, x_TD: Tensor) -> Tensor | None:
         """a = s · x Aᵀ, [T, R]."""
         return x_TD @ self.A_RD.t() if self.adapted else None
 
-    def backward(self, dys: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """dx and g, from every layer's dy."""
+    def backward(self, dy_TO: Tensor) -> tuple[Tensor, Tensor | None]:
+        """dx and g."""
         dx, g_TR = None, None
         if self.adapted:
-            g_TR = dys[0].new_empty(dys[0].shape[0], sum(self.ranks))
-            for i, g_Tr in enumerate(self._columns(g_TR)):
-                if g_Tr is not None:
-                    torch.mm(dys[i], self.Bs[i], out=g_Tr)
+            g_TR = dy_TO.new_empty(len(dy_TO), sum(self.ranks))
+            for dy, g, B in self._adapters(dy_TO, g_TR):
+                torch.mm(dy, B, out=g)
             dx = g_TR @ self.A_RD
-        for layer, dy in zip(self.layers, dys, strict=True):
-            W = dense_weight(layer)
+        for columns, _, W in self._frozen():
+            dy = dy_TO[:, columns]
             dx = dy @ W if dx is None else dx.addmm_(dy, W)
             del W
         return dx, g_TR
 
-    def gradients(self, dys: list[Tensor], g_TR: Tensor | None, x_TD: Tensor, a_TR: Tensor | None) -> list[Tensor]:
+    def gradients(self, dy_TO: Tensor, g_TR: Tensor | None, x_TD: Tensor, a_TR: Tensor | None) -> list[Tensor]:
         """[dA / s, dB] of one adapter after the other, in the dtype of the products; for a `GradientSum`."""
-        grads = []
         if not self.adapted:
-            return grads
-        dA_RD = g_TR.t() @ x_TD
-        for dA, dy, a_Tr in zip(dA_RD.split(self.ranks), dys, self._columns(a_TR), strict=True):
-            if a_Tr is not None:
-                grads += [dA, dy.t() @ a_Tr]
-        return grads
+            return []
+        dA_RD, dBs = g_TR.t() @ x_TD, [dy.t() @ a for dy, a, _ in self._adapters(dy_TO, a_TR)]
+        ranks = [rank for rank in self.ranks if rank]
+        return [grad for pair in zip(dA_RD.split(ranks), dBs, strict=True) for grad in pair]
 
-    def _columns(self, stacked_TR: Tensor | None) -> list[Tensor | None]:
-        """Each layer's columns of a or g, None where it has no adapter."""
-        if stacked_TR is None:
-            return [None] * len(self.layers)
-        parts = stacked_TR.split(self.ranks, dim=1)
-        return [part if rank else None for part, rank in zip(parts, self.ranks, strict=True)]
+    def _adapters(self, y_TO: Tensor, a_TR: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Each adapted layer's columns of y and of a, and its B."""
+        if self.adapted:
+            columns = zip(y_TO.split(self.sizes, dim=1), a_TR.split(self.ranks, dim=1), self.Bs, strict=True)
+            yield from ((y, a, B) for y, a, B in columns if B is not None)
+
+    def _frozen(self) -> Iterator[tuple[slice, bool, Tensor]]:
+        """Columns of y, whether an adapter has written to them before, and W: of all layers at once, or one by one."""
+        if all(self.ranks) or not any(self.ranks):
+            W = _one_behind_the_other(self.layers)
+            if W is not None:
+                yield slice(None), any(self.ranks), W
+                return
+        start = 0
+        for layer, size, rank in zip(self.layers, self.sizes, self.ranks, strict=True):
+            yield slice(start, start + size), rank > 0, dense_weight(layer)
+            start += size
 
 
 class GradientSum:
@@ -110,7 +130,7 @@ class GradientSum:
 class AdapterCopies:
     """The adapters, float32 as they are trained, in the `dtype` of the products: copied all at once, by two kernels."""
 
-    def __init__(self, projections: list[Projections], dtype: torch.dtype):
+    def __init__(self, projections: Sequence[Projections], dtype: torch.dtype):
         self.masters, self.copies, self.scaled, self.scalings = [], [], [], []
         for group in projections:
             As, Bs = group.parameters[::2], group.parameters[1::2]
@@ -128,11 +148,39 @@ class AdapterCopies:
 
     @torch.no_grad()
     def refresh(self) -> None:
+        if not self.masters:
+            return
         torch._foreach_copy_(self.copies, self.masters)
         torch._foreach_mul_(self.scaled, self.scalings)
+
+
+def put_side_by_side(groups: Sequence[Projections]) -> None:
+    """Move the dense weights of each group's layers together in memory; they stay parameters of their own."""
+    for group in groups:
+        if len(group.layers) > 1 and not any(_quantised(layer) for layer in group.layers):
+            whole = torch.cat([layer.weight.detach() for layer in group.layers])
+            for layer, rows in zip(group.layers, whole.split(group.sizes), strict=True):
+                layer.weight.data = rows
+
+
+def _one_behind_the_other(layers: Sequence[nn.Linear]) -> Tensor | None:
+    """The one matrix whose rows the layers' dense weights are, if they lie so in memory."""
+    if any(_quantised(layer) for layer in layers):
+        return None
+    weights = [layer.weight.detach() for layer in layers]
+    first, end = weights[0], weights[0].data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        end += weight.nbytes
+    return first.as_strided((sum(len(weight) for weight in weights), first.shape[1]), first.stride())
+
+
+def _quantised(layer: nn.Linear) -> bool:
+    return hasattr(layer.base_class if isinstance(layer, LoRALinear) else layer, "dense_weight")
 
 
 def dense_weight(layer: nn.Linear) -> Tensor:
     """W [out, in], to multiply with; of a quantised layer a dense copy, to be dropped after use."""
     kind = layer.base_class if isinstance(layer, LoRALinear) else type(layer)
-    return kind.dense_weight(layer) if hasattr(kind, "dense_weight") else layer.weight.detach()
+    return kind.dense_weight(layer) if _quantised(layer) else layer.weight.detach()

@@ -93,9 +93,11 @@ def _cross_entropy_into_gradient_(logits_CV: Tensor, targets_C: Tensor) -> Tenso
 def _softmax_(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor]:
     """Overwrites logits by probabilities; the summed loss, and p − 1 of the targets before p is rounded."""
     wide_CV = logits_CV.to(_wide(logits_CV.dtype))
-    logsumexp_C1 = wide_CV.logsumexp(-1, keepdim=True)
-    logprob_C1 = wide_CV.gather(1, targets_C1) - logsumexp_C1
-    logits_CV.copy_((wide_CV - logsumexp_C1).exp())
+    largest_C1 = wide_CV.amax(-1, keepdim=True)
+    exp_CV = (wide_CV - largest_C1).exp()
+    sum_C1 = exp_CV.sum(-1, keepdim=True)  # the compiler finds both in one pass over the logits
+    logprob_C1 = wide_CV.gather(1, targets_C1) - largest_C1 - sum_C1.log()
+    logits_CV.copy_(exp_CV / sum_C1)
     return -logprob_C1.sum(), (logprob_C1.exp() - 1).to(logits_CV.dtype)
 
 

@@ -40,15 +40,19 @@ def rms_norm_backward(
 
 
 @compiled
-def rotate(q_TNH: Tensor, k_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding as in modules/rotary_embedding.py."""
-    return _rotate(q_TNH, cos_TH, sin_TH), _rotate(k_TKH, cos_TH, sin_TH)
+def split_and_rotate(
+    qkv_TO: Tensor, cos_TH: Tensor, sin_TH: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [T, N, H], k and v [T, K, H] from one row per token; q and k rotated as in modules/rotary_embedding.py."""
+    q, k, v = qkv_TO.unflatten(1, (-1, cos_TH.shape[1])).split((heads, kv_heads, kv_heads), dim=1)
+    return _rotate(q, cos_TH, sin_TH), _rotate(k, cos_TH, sin_TH), v.clone()
 
 
 @compiled
-def rotate_backward(dq_TNH: Tensor, dk_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> tuple[Tensor, Tensor]:
-    """The transpose of a rotation: the one by the negative angle."""
-    return _rotate(dq_TNH, cos_TH, -sin_TH), _rotate(dk_TKH, cos_TH, -sin_TH)
+def split_and_rotate_backward(dq_TNH: Tensor, dk_TKH: Tensor, dv_TKH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """∂qkv, [T, O]: the transpose of a rotation is the one by the negative angle."""
+    dq, dk = _rotate(dq_TNH, cos_TH, -sin_TH), _rotate(dk_TKH, cos_TH, -sin_TH)
+    return torch.cat((dq, dk, dv_TKH), dim=1).flatten(1)
 
 
 def _rotate(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:

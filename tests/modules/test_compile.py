@@ -2,29 +2,51 @@
 
 import shutil
 import warnings
+from functools import partial
 
 import pytest
 import torch
 
-from modules import compile, pointwise
+from modules import compile, loss, pointwise
 
 
-def arguments(tokens, dim=48):
-    generator = torch.Generator().manual_seed(tokens)
-    dy, x, onto = (torch.randn(tokens, dim, generator=generator) for _ in range(3))
-    return dy, x, torch.randn(dim, generator=generator), 1e-5, onto
+def random(generator, *shape, columns=None):
+    """Of more columns only the first, as where outputs stand side by side."""
+    if columns:
+        return random(generator, shape[0], columns)[:, : shape[1]]
+    return torch.randn(*shape, generator=generator)
+
+
+def arguments(tokens):
+    """Of every function that is compiled: what it is called with, in the shapes of a block of 4 heads of 6."""
+    make = partial(random, torch.Generator().manual_seed(tokens))
+    tables = make(tokens, 6), make(tokens, 6)
+    q, k = make(tokens, 4, 6), make(tokens, 2, 6)
+    return {
+        pointwise.rms_norm: (make(tokens, 24), make(24), 1e-5),
+        pointwise.rms_norm_backward: (make(tokens, 24), make(tokens, 24), make(24), 1e-5, make(tokens, 24)),
+        pointwise.split_and_rotate: (make(tokens, 48), *tables, 4, 2),
+        pointwise.split_and_rotate_backward: (q, k, make(tokens, 2, 6), *tables),
+        pointwise.swiglu: (make(tokens, 32, columns=64), make(tokens, 32, columns=64)),
+        pointwise.swiglu_backward_: (*(make(tokens, 32, columns=64) for _ in range(2)), make(tokens, 32)),
+        loss._softmax_: (make(tokens, 50), torch.arange(tokens)[:, None] % 50),
+    }
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="the CPU's compiler needs C++")
-def test_one_kernel_serves_every_length():
-    function = pointwise.rms_norm_backward.__wrapped__
+@pytest.mark.parametrize("function", arguments(2), ids=lambda function: function.__name__)
+def test_one_kernel_serves_every_length(function):
+    plain = function.__wrapped__
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # _build warns when it has to fall back to torch.compile
-        kernel = compile._build(function, arguments(8), tokens=8)
+        kernel = compile._build(plain, arguments(8)[function], tokens=8)
     for tokens in (8, 48, 3, 1000):
-        args = arguments(tokens)
+        args, expected_args = arguments(tokens)[function], arguments(tokens)[function]
         got = kernel(*[a for a in args if isinstance(a, torch.Tensor)])
-        torch.testing.assert_close(got, function(*args), rtol=1e-5, atol=1e-5)
+        expected = plain(*expected_args)
+        # What it returns, and what it overwrites.
+        torch.testing.assert_close(got, () if expected is None else expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(args, expected_args, rtol=1e-5, atol=1e-5)
 
 
 def test_which_calls_share_a_kernel(monkeypatch):
