@@ -135,11 +135,10 @@ class FusedBlocks:
         if not layers.are_in_place():  # adapters are off, or merged: modules/adapter_switch.py
             bind(block)
             return block(hidden, cos, sin, layout)
-        if block is self.first:  # the optimizer may have stepped since the last forward
-            if self.copies is None:
-                groups = [group for layers in self.blocks.values() for group in layers.groups]
-                self.copies = AdapterCopies(groups, hidden.dtype)
-            self.copies.refresh()
+        layers = self.blocks[id(block)]
+        if layers.copies is None:
+            layers.copies = AdapterCopies(layers.groups, hidden.dtype)
+        layers.copies.refresh()  # the optimizer may have stepped since the last forward
         how = _How(layout, layers, keep, self.offload, lambda: bind(block))
         return _FusedBlock.apply(hidden, cos, sin, how, *layers.parameters)
 
