@@ -135,7 +135,6 @@ class FusedBlocks:
         if not layers.are_in_place():  # adapters are off, or merged: modules/adapter_switch.py
             bind(block)
             return block(hidden, cos, sin, layout)
-        layers = self.blocks[id(block)]
         if layers.copies is None:
             layers.copies = AdapterCopies(layers.groups, hidden.dtype)
         layers.copies.refresh()  # the optimizer may have stepped since the last forward
