@@ -44,19 +44,19 @@ class Int8Tensor(PackedTensor):
 
 
 class Float8Tensor(PackedTensor):
-    """codes float8_e4m3fn [out, in], scales float32 [out]; what torchao's Float8WeightOnlyConfig makes."""
+    """codes int8 [out, in], the bits of float8_e4m3fn; scales float32 [out]: torchao's Float8WeightOnlyConfig."""
 
     @staticmethod
     def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
         scales = _positive(rows.abs().amax(1) / 448)
-        return (rows / scales[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn), scales
+        return (rows / scales[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.int8), scales
 
     @staticmethod
     @functools.partial(compiled, any_length=False)
     def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        # Kernels for cards before 2022 know no float8. Its bits, s eeee mmm, are those of a float16 in the places
+        # Compiled kernels know no float8 on cards before 2022. Its bits, s eeee mmm, make a float16 in the places
         # s 0eeee mmm0000000, whose exponent counts from 15, not from 7: 2⁸ too small.
-        half = ((codes.view(torch.int8).to(torch.int16) << 7) & ~0x4000).view(torch.float16)
+        half = ((codes.to(torch.int16) << 7) & ~0x4000).view(torch.float16)
         return (half.float() * (256 * scales[:, None])).to(dtype)
 
 

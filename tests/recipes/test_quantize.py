@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import losses, make_checkpoint, read_metrics, run_recipe, sums, write_rows
+from recipes.benchmarks import quantizers
+from tests.tiny import ROOT, losses, make_checkpoint, read_metrics, run_recipe, sums, write_rows
 
 KINDS = ("int8", "int4", "float8")
 MEASURES = {
@@ -103,3 +104,16 @@ def test_resumes_bit_for_bit_and_with_a_quantised_head(base, plain, tmp_path, ki
 def test_a_method_that_quantises_what_it_leaves(base, tmp_path, kind):
     train(base, tmp_path / "run", "--method", "pissa", "--quantize", kind, "--quantize-head", recipe="peft_finetune")
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+def test_the_table_is_what_the_command_measures(capsys):
+    """recipes/README.md shows the committed figures, and measuring on a smaller matrix gives nearly the same."""
+    committed = json.loads((ROOT / "recipes/benchmarks/quantizers.json").read_text())["kinds"]
+    readme = (ROOT / "recipes/README.md").read_text()
+    again = quantizers.main(quantizers.Config(size=512))["kinds"]
+    capsys.readouterr()
+    for name, row in committed.items():
+        errors = " | ".join(f"{100 * row[on]['error']:.2f} %" for on in ("normal", "checkpoint"))
+        assert f"| {name} | {row['normal']['bits']:.2f} | {errors} |" in readme
+        assert again[name]["checkpoint"] == pytest.approx(row["checkpoint"], rel=1e-6)
+        assert again[name]["normal"]["error"] == pytest.approx(row["normal"]["error"], rel=0.2)
