@@ -1,7 +1,7 @@
 """P-tuning: prompt tuning whose vectors come out of a small network (arXiv:2103.10385v1, Sec. 3.2).
 
     P = MLP(E)                                      E [n, D], trained; P [n, D] stands in front of the text
-    P_i = MLP([LSTM(E_0 … E_i); LSTM(E_n … E_i)])   --prompt-encoder lstm: the paper's, which reads E both ways
+    P_i = MLP([LSTM(E_1 … E_i); LSTM(E_i … E_n)])   --prompt-encoder lstm: the paper's, which reads E both ways
 
 Vectors trained one by one lie where they began and know nothing of each other; the network moves all of them at once
 and ties them together, which makes training less dependent on the start. It is needed for training only: what is saved
@@ -9,7 +9,7 @@ is P, n · D numbers (82 thousand for 20 virtual tokens in Llama 3 8B), and gene
 are, with H = --encoder-size (default D),
 
     mlp     n D + (D H + H) + (H² + H) + (H D + D)            three layers with ReLU between: 50 million in Llama 3 8B
-    lstm    n D + 2 layers, both ways, and two layers          with --dropout between the LSTM's; 470 million there
+    lstm    n D + 2 layers, both ways, and two layers          with --dropout between the LSTM's; 772 million there
 
 so this is the method with the heaviest training for the lightest result. The sizes, the starts and the names of the
 parts are PEFT's. An adapter that has been saved holds no network: to go on training one, --resume the run.

@@ -24,9 +24,9 @@ def has_matches(results: dict) -> bool:
 
 def table(results: dict) -> str:
     """All methods as markdown, the best first."""
-    matches = has_matches(results)
+    matches, gpu = has_matches(results), "gpu" in results["machine"]
     head = ["method", "learning rate", "trained", *(["exact match"] if matches else []), "held-out loss"]
-    head += ["tokens/s", "peak memory", "training"]
+    head += ["peak memory", *(["tokens/s"] if gpu else ["processor time"])]
     done = [row for row in results["rows"] if "failed" not in row]
     done.sort(key=lambda row: (-row.get("exact_match", 0), row["eval_loss"]))
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
@@ -34,9 +34,10 @@ def table(results: dict) -> str:
         settings = {name: value for name, value in row["settings"].items() if name != "lr"}
         beside = "".join(f", {value}" for value in settings.values())
         score = [f"{row['exact_match']:.1%}"] if matches else []
-        figures = [*score, f"{row['eval_loss']:.4f}", f"{row['tokens_per_second']:,}", memory(row)]
+        cost = f"{row['tokens_per_second']:,}" if gpu else f"{row['processor_seconds']:.0f} s"
+        figures = [*score, f"{row['eval_loss']:.4f}", memory(row), cost]
         rate = f"{row['settings']['lr']:.2g}"
-        lines.append([row["method"] + beside, rate, f"{row['trained']:,}", *figures, f"{row['seconds']:.0f} s"])
+        lines.append([row["method"] + beside, rate, f"{row['trained']:,}", *figures])
     lines += [[row["method"], row["failed"], *[""] * (len(head) - 2)] for row in results["rows"] if "failed" in row]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
