@@ -8,9 +8,9 @@ and an answer counts only if every character is right. The second takes data of 
 --eval-data. `--preset llama-3.2-1b --tokenizer FOLDER` in place of --model makes a base of that shape with random
 weights: speed and memory are a real one's, losses are not.
 
-Each method of modules/methods.py is trained by recipes/peft_finetune.py in a process of its own: 400 steps of 16 rows,
-rank 16, 20 virtual tokens, one seed, plain modules without compilation, so that nothing but the method differs. And its
-learning rate: no rate suits them all. Those below gave the best held-out loss after 200 steps on the quickstart's task
+Each method of modules/methods.py is trained by recipes/peft_finetune.py (on the CPU in a process of its own): 200 steps
+of 16 rows, rank 16, 20 virtual tokens, one seed, plain modules without compilation, so that nothing but the method
+differs. And its learning rate: no rate suits them all. Those below gave the best held-out loss on the quickstart's task
 with --seed 1, whose rows are others, of at least three rates a factor of 3 apart (LOG.md has the figures). Other models
 want other ones (--lr-scale), and a method that ends last here may end first with more steps or a larger base.
 """
@@ -91,7 +91,7 @@ class Config:
     """Rows to learn from: so many of the quickstart's, or the first of --data."""
     held_out_rows: int = 200
     """Rows to be examined with."""
-    max_steps: int = 400
+    max_steps: int = 200
     """Optimizer steps of each method."""
     batch_size: int = 16
     """Rows per step."""
@@ -182,7 +182,10 @@ def in_processes(cfg: Config, base: str) -> Iterator[dict]:
     begin = dict(initializer=torch.set_num_threads, initargs=(1,), max_tasks_per_child=1)
     with ProcessPoolExecutor(cfg.jobs, mp_context=context, **begin) as pool:
         running = [pool.submit(run_method, cfg, name, base) for name in cfg.methods]
-        yield from (done.result() for done in as_completed(running))
+        try:
+            yield from (done.result() for done in as_completed(running))
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C ends all
 
 
 def in_turn(cfg: Config, base: str) -> Iterator[dict]:
