@@ -21,11 +21,16 @@ SHARD_BYTES = 5 * 10**9
 def save_model(folder: Path, model: nn.Module, *, config: dict, source: Path, chat_template: str | None = None) -> None:
     """Write a model as a Hugging Face folder, its parameters called as in the checkpoint that it was loaded from.
 
-    A tied head is written once. Write into an `atomic_folder`.
+    A tied head is written once, unless it or the embedding has an adapter: then they differ, and config.json says so.
+    Write into an `atomic_folder`.
     """
     layout = model.layouts[0] if model.layout is None else model.layout
     weights = WeightFiles(source) if model.layout is not None else None
     plain = plain_parameters(model, None if weights is None else lambda name: weights.read(on_disk(name, layout)))
+    if "lm_head.weight" in plain and any(
+        part.get("tie_word_embeddings") for part in (config, config.get("text_config", {}))
+    ):
+        config = changed(config, tie_word_embeddings=False)
     specs = [(on_disk(name, layout), tuple(like.shape), like.dtype) for name, (like, _) in plain.items()]
     reads = {on_disk(name, layout): read for name, (_, read) in plain.items()}
     if model.unread and weights is not None:  # the half that was not loaded goes along as it was
@@ -43,14 +48,18 @@ def plain_parameters(
 
     Adapters are merged into what they were trained on. 4-bit weights without one are frozen: `original(name)` reads
     them where they came from; without it they are what they were rounded to. One at a time, when asked for. Second
-    names of tied ones are left out.
+    names of tied ones are left out, unless an adapter makes them differ.
     """
     layers = dict(model.named_modules())
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
     plain = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
-        layer = layers[path]
-        if any(hasattr(layers[above], "merged") for above in _above(path)):
+        layer, owner = layers[path], layers[first[id(parameter)].rpartition(".")[0]]
+        if name != first[id(parameter)] and not (hasattr(layer, "merged") or hasattr(owner, "merged")):
+            continue
+        own = hasattr(layer, "merged") and leaf not in ("weight", "bias")
+        if own or any(hasattr(layers[above], "merged") for above in _above(path)):
             continue  # an adapter's own
         if hasattr(layer, "merged") and leaf == "weight":
             plain[name] = parameter, (lambda layer=layer: layer.merged().weight)
@@ -61,6 +70,12 @@ def plain_parameters(
         else:
             plain[name] = parameter, (lambda parameter=parameter: parameter)
     return plain
+
+
+def changed(config: dict, **values) -> dict:
+    """config.json with other values, of a vision-language model in its language model's part, too."""
+    inner = {"text_config": config["text_config"] | values} if "text_config" in config else {}
+    return config | values | inner
 
 
 def _above(path: str) -> list[str]:

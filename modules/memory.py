@@ -66,7 +66,9 @@ def plan_memory(
         "optimizer": STATE_BYTES[optimizer] * sum(p.numel() for p in trained) + (optimizer == "adamw-host") * 2**28,
         "activations": int(activations + budget * (rung not in whole)),
         "one block": alive + (D * F * size if quantised else 0),
-        "loss": min(tokens * config.vocab_size * size, CHUNK_BYTES) + 3 * tokens * D * size,
+        "loss": sum(storage_bytes(p) for p in model.lm_head.parameters() if p.requires_grad)  # its gradient, in forward
+        + min(tokens * config.vocab_size * size, CHUNK_BYTES)
+        + 3 * tokens * D * size,
     }
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from checkpointing.adapters import load_adapter
 from checkpointing.atomic import atomic_folder, check_vacant
 from checkpointing.errors import clear_errors, say
-from checkpointing.export import check_export, write_companions, write_weights
+from checkpointing.export import changed, check_export, write_companions, write_weights
 from checkpointing.pretrained import WeightFiles, find_checkpoint, map_weights, on_disk, read_config
 from checkpointing.safetensors_file import spec_bytes
 from data.new_tokens import copy_tokenizer, tokenizer_folder
@@ -147,12 +147,6 @@ def is_still_tied(model: nn.Module, layers: dict[str, nn.Module], merged) -> boo
         return model.lm_head.weight is model.get_submodule(embedding).weight
     both = [merged(n).weight if n in layers else model.get_submodule(n).weight for n in (embedding, HEAD)]
     return torch.equal(both[0].to(both[1]), both[1])
-
-
-def changed(config: dict, **values) -> dict:
-    """config.json with other values, of a vision-language model in its language model's part, too."""
-    inner = {"text_config": config["text_config"] | values} if "text_config" in config else {}
-    return config | values | inner
 
 
 def summary(errors: dict[str, Requantised]) -> dict[str, dict]:

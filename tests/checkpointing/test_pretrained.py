@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from checkpointing import export
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from models import build_model
+from modules.lora import add_lora
 from modules.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4, quantize_nf4_tensor
 from tests.tiny import make_checkpoint
 
@@ -36,6 +38,26 @@ def test_round_trip_is_bit_identical(tmp_path, monkeypatch):
         assert all(torch.equal(written[k], original[k]) for k in original)
         assert (len(list(out.glob("*.safetensors"))) > 1) == (shard_bytes == 20_000)
         load(out)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "q_proj"]])
+def test_an_adapter_on_one_side_of_a_tie_unties(tmp_path, targets):
+    make_checkpoint(tmp_path / "base", tie_word_embeddings=True)
+    model = load(tmp_path / "base")
+    add_lora(model, rank=4, targets=targets)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".lora_" in name:
+                p.normal_(0, 0.1)
+    (tmp_path / "out").mkdir()
+    config = read_config(tmp_path / "base")
+    export.save_model(tmp_path / "out", model, config=config, source=tmp_path / "base")
+    ids = torch.randint(0, 300, (2, 12))
+    again = load(tmp_path / "out")
+    assert not again.config.tie_word_embeddings
+    assert (again.logits(again(ids)) - model.logits(model(ids))).abs().max() < 1e-5
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (theirs(ids).logits - model.logits(model(ids))).abs().max() < 1e-5
 
 
 def test_one_block_is_complete_before_the_next(tmp_path):

@@ -341,7 +341,7 @@ def test_what_cannot_work(base, tmp_path):
         assert done.returncode == 2 and said in done.stderr
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int4"])
 def test_the_projector_alone(base, tmp_path, quantize):
     """Only the projector changes, whatever the towers were rounded to while training; stage 2 goes on from there."""
     run_recipe(
