@@ -3,7 +3,8 @@
     python recipes/vlm_pretrain_projector.py --model LLAVA --data captions.jsonl --output runs/p --init-projector
 
 The two towers know images and words, but not each other; some hundred thousand captions teach the projector to say an
-image in the language model's words. The result, OUTPUT/model, is a Hugging Face folder, where vlm_finetune.py goes on.
+image in the language model's words. assemble_llava.py makes a LLaVA of a CLIP and a Llama to begin with. The result,
+OUTPUT/model, is a Hugging Face folder, where vlm_finetune.py goes on.
 """
 
 import sys
