@@ -10,31 +10,14 @@ from modules.generation import generate
 from modules.lora import add_lora
 from modules.lora_block import why_not
 from modules.methods import METHODS, Options, add_method
-from modules.nf4 import NF4Linear, quantize_nf4
+from modules.nf4 import NF4Linear
 from modules.weight_streaming import stream_weights
 from modules.whole_modules import train_whole_modules
 from tests.models.test_llama import load, make_pair
+from tests.modules.every_method import MERGEABLE, OWN_START, UNMERGEABLE, base_of, make, move
 from tests.modules.peft_methods import adamw, ids, logits, train, trained
-from tests.modules.test_lora_family import make
 
-FIXED = ("houlsby", "pfeiffer", "parallel", "prompt", "p-tuning", "prefix")  # no plain weight does what they compute
-OWN_START = ("pissa", "olora")  # their start is the base up to rounding
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12]]
-
-
-@torch.no_grad()
-def move(model):
-    """Adapters away from their start."""
-    generator = torch.Generator().manual_seed(4)
-    for p in trained(model).values():
-        p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
-
-
-def base_of(folder, name, nf4):
-    model = load(folder)
-    if nf4 or name == "loftq":
-        quantize_nf4(model)
-    return model
 
 
 @pytest.mark.parametrize("nf4", [False, True])
@@ -122,7 +105,7 @@ def test_compiled_blocks_take_both_forms_without_compiling_again(tmp_path):
 
 
 @pytest.mark.parametrize("nf4", [False, True])
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in FIXED])
+@pytest.mark.parametrize("name", MERGEABLE)
 def test_merge_and_unmerge(tmp_path, name, nf4):
     model = make(tmp_path, name, nf4=nf4)
     move(model)
@@ -140,7 +123,7 @@ def test_merge_and_unmerge(tmp_path, name, nf4):
     assert merge_adapters(model).unmerge() is None and torch.equal(logits(model), adapted)
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", UNMERGEABLE)
 def test_what_cannot_be_merged_says_so(tmp_path, name):
     model = make(tmp_path, name)
     adapted = logits(model)

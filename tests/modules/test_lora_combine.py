@@ -106,6 +106,21 @@ def test_both_ways_to_vote(folder, combination, majority):
         assert (got[path] - delta).abs().max() < 1e-5, path
 
 
+@pytest.mark.parametrize("combination", ["cat", "linear", "ties", "svd", "ties_svd"])
+def test_embeddings(folder, combination):
+    reference = LlamaForCausalLM.from_pretrained(folder / "base")
+    for seed, name in enumerate("xy"):
+        make_adapter(folder / name, reference, seed, r=3, lora_alpha=5, target_modules=["embed_tokens"])
+    options = dict(density=0.5) if combination in PRUNING else {}
+    model = PeftModel.from_pretrained(reference, folder / "x", adapter_name="x")
+    model.load_adapter(folder / "y", adapter_name="y")
+    model.add_weighted_adapter(["x", "y"], [0.7, -0.4], "new", combination_type=combination, **options)
+    expected = model.base_model.model.model.embed_tokens.get_delta_weight("new").t()
+    _, got = combine([read_adapter(folder / name) for name in "xy"], (0.7, -0.4), combination, **options)
+    A, B = (got[f"model.embed_tokens.lora_embedding_{x}"] for x in "AB")
+    assert (B @ A - expected).abs().max() < 1e-5 and expected.abs().max() > 0.1
+
+
 def test_svd_of_a_given_rank_is_the_best_one(folder):
     expected = theirs(folder, ["a", "wide"], [1.0, 0.5], "svd", svd_rank=3)
     got, settings = ours(folder, ["a", "wide"], (1.0, 0.5), "svd", expected, rank=3)

@@ -190,6 +190,10 @@ def test_mistakes_are_explained(folder):
     of_other = {key.replace("layers.1", "layers.7"): value for key, value in tensors.items()}
     with pytest.raises(ValueError, match=r"layers.7.mlp.down_proj \(no such linear layer\)"):
         adapters.add("b", renamed, of_other)
+    of_embedding = {"model.embed_tokens.lora_embedding_A": torch.zeros(2, 97)}
+    of_embedding["model.embed_tokens.lora_embedding_B"] = torch.zeros(48, 2)
+    with pytest.raises(ValueError, match=r"model.embed_tokens \(an embedding"):
+        adapters.add("e", {"model.embed_tokens": {"rank": 2, "alpha": 2}}, of_embedding)
     with adapters.using(["a", None]), pytest.raises(ValueError, match="3 rows, adapters are named for 2"):
         outputs(model, tokens(3))
     assert adapters.names == ["a"] and set(adapters.layers) == set(read_adapter(folder / "a")[0])

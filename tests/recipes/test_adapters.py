@@ -15,8 +15,7 @@ from modules.lora_combine import combine
 from modules.methods import METHODS, Options, add_method
 from modules.nf4 import NF4Linear
 from modules.whole_modules import train_whole_modules
-from tests.modules.test_adapter_switch import move
-from tests.modules.test_lora_family import batches
+from tests.modules.every_method import batches, move
 from tests.recipes.test_merge import load, logits
 from tests.tiny import make_checkpoint, run_recipe, start_recipe
 

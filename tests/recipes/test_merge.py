@@ -13,11 +13,12 @@ from checkpointing.adapters import load_adapter, save_adapter
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from models import build_model
 from modules.adapter_switch import adapted_layers, base_layer
-from modules.methods import METHODS, Options, add_method
+from modules.methods import Options, add_method
 from modules.nf4 import NF4Linear, quantize_nf4
+from modules.token_rows import train_token_rows
+from modules.vocabulary import grow_vocabulary
 from modules.whole_modules import train_whole_modules
-from tests.modules.test_adapter_switch import FIXED, move
-from tests.modules.test_lora_family import batches
+from tests.modules.every_method import MERGEABLE, UNMERGEABLE, batches, move
 from tests.tiny import make_checkpoint, run_recipe
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def merge(folder, *flags, check=True):
 
 
 @pytest.mark.parametrize("biases", [False, True])
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in (*FIXED, "loftq")])
+@pytest.mark.parametrize("name", [name for name in MERGEABLE if name != "loftq"])
 def test_every_mergeable_method(tmp_path, name, biases):
     reference = make_checkpoint(tmp_path / "base", attention_bias=biases, mlp_bias=biases)
     if biases:
@@ -80,7 +81,7 @@ def test_every_mergeable_method(tmp_path, name, biases):
     assert hashlib.sha256((tmp_path / "base/model.safetensors").read_bytes()).digest() == before
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", UNMERGEABLE)
 def test_the_others_say_so(tmp_path, name):
     make_checkpoint(tmp_path / "base")
     adapter(tmp_path, name)
@@ -160,6 +161,33 @@ def test_modules_trained_whole_and_an_untied_head(tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not merged.config.tie_word_embeddings
     assert (logits(merged) - logits(model)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_and_an_adapted_embedding(tmp_path, tied):
+    """Rows that the base lacks, trained alone; and an embedding with a LoRA, whose tied head stays what it was."""
+    make_checkpoint(tmp_path / "base", tie_word_embeddings=tied)
+    model = load(tmp_path / "base")
+    add_method(model, "lora", Options(rank=4, targets=("q_proj",)))
+    rows = model.config.vocab_size
+    grow_vocabulary(model, rows + 2)
+    train_token_rows(model, [rows, rows + 1])
+    move(model)
+    save_adapter(tmp_path / "adapter", model, base="base")
+    merge(tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == rows + 2 and merged.config.tie_word_embeddings == tied
+    assert (logits(merged) - logits(model)).abs().max() < 1e-5
+
+    model = load(tmp_path / "base")
+    add_method(model, "lora", Options(rank=4, targets=("embed_tokens", "up_proj")))
+    move(model)
+    (tmp_path / "second").mkdir()
+    (tmp_path / "base").rename(tmp_path / "second/base")
+    save_adapter(tmp_path / "second/adapter", model, base="base")
+    merge(tmp_path / "second")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "second/merged")
+    assert (logits(merged) - logits(model)).abs().max() < 1e-5 and not merged.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

@@ -1,0 +1,106 @@
+"""What every method of the table has to keep, a new one without a line here: the frozen weights, NF4, every way to keep
+activations, compile, packing, resume. (Without its adapter and merged: test_adapter_switch.py; by the recipe:
+tests/recipes/test_peft_finetune.py.)
+"""
+
+import pytest
+import torch
+
+from checkpointing.training_state import load_training_state, save_training_state
+from modules.activations import RUNGS, keep_activations
+from modules.attention import packed_layout
+from modules.lora_block import disagreement, why_not
+from modules.methods import METHODS
+from tests.modules.every_method import OWN_START, base_of, inner, make, move, optimizer_of
+from tests.modules.peft_methods import behind_virtual, ids, logits, loss_of, train, trained
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_trains_its_own_and_nothing_else(tmp_path, name, nf4):
+    model, base = make(tmp_path, name, nf4=nf4), base_of(tmp_path, name, nf4)
+    quantized = [key for key, p in model.named_parameters() if hasattr(p, "quantized_data")]
+    assert len(quantized) == (14 if nf4 or name == "loftq" else 0)
+    mine = set(trained(model))
+    frozen = {key: p for key, p in model.named_parameters() if key not in mine}
+    for key, p in base.named_parameters():  # all of them are there, frozen; PiSSA's and OLoRA's residual is another one
+        assert torch.equal(inner(frozen[key]), inner(p)) or name in OWN_START, key
+    before = {key: inner(p).clone() for key, p in model.named_parameters()} | dict(model.named_buffers())
+    before = {key: tensor.clone() for key, tensor in before.items()}
+    losses = train(model, optimizer_of(model), steps=8)
+    assert mine and min(losses[4:]) < losses[0]
+    for key, p in [*model.named_parameters(), *model.named_buffers()]:
+        assert torch.equal(inner(p), before[key]) == (key not in mine), key
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_rung_trains_the_same(tmp_path, name):
+    """Gradients after two steps, by the plain modules and by hand where the method allows that."""
+    gradients = {}
+    for rung in RUNGS:
+        for fused in (False, True):
+            model = make(tmp_path / rung / str(fused), name)
+            train(model, optimizer_of(model), steps=2)
+            if fused and why_not(model):
+                continue
+            assert not fused or disagreement(model) is None
+            keep_activations(model, rung, fused=fused)
+            loss_of(model, ids()).backward()
+            gradients[rung, fused] = {key: p.grad for key, p in trained(model).items()}
+    assert len(gradients) in (len(RUNGS), 2 * len(RUNGS))
+    for (_, fused), other in gradients.items():
+        for key, gradient in gradients["none", False].items():
+            assert gradient.abs().max() > 0, key
+            tolerance = dict(rtol=1e-3, atol=1e-5) if fused else dict(rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(other[key], gradient, **tolerance)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_compiles_in_one_graph(tmp_path, name):
+    model = make(tmp_path, name)
+    train(model, optimizer_of(model), steps=2)
+    plain = loss_of(model, ids())
+    plain.backward()
+    gradients = {key: p.grad.clone() for key, p in trained(model).items()}
+    model.zero_grad()
+    torch._dynamo.reset()
+    model.blocks[0].compile(backend="aot_eager", fullgraph=True)
+    compiled = loss_of(model, ids())
+    compiled.backward()
+    assert abs(compiled - plain) < 1e-5
+    for key, p in trained(model).items():
+        torch.testing.assert_close(p.grad, gradients[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_packed_equals_unpacked(tmp_path, name, nf4):
+    model = make(tmp_path, name, nf4=nf4)
+    move(model)
+    model.eval()
+    rows = [behind_virtual(model, part[None])[0] for part in ids()[0].split([8, 12])]
+    lengths = [len(row) for row in rows]
+    packed = model(torch.cat(rows)[None], packed_layout([lengths], sum(lengths)).prepare(CPU, torch.float32))[0]
+    for row, part in zip(rows, packed.split(lengths), strict=True):
+        assert (model(row[None])[0] - part).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_resumes_bit_for_bit(tmp_path, name, nf4):
+    """Weights, optimizer and dropout's randomness; of what is drawn at the start only the seed need be the same."""
+    model = make(tmp_path / "base", name, nf4=nf4, dropout=0.1)
+    optimizer = optimizer_of(model)
+    torch.manual_seed(5)
+    train(model, optimizer, steps=3)
+    save_training_state(tmp_path / "state", parameters=trained(model), optimizer=optimizer, progress={"step": 3})
+    expected = train(model, optimizer, steps=3)
+    again = make(tmp_path / "base", name, nf4=nf4, drawn=7, dropout=0.1)
+    optimizer = optimizer_of(again)
+    load_training_state(tmp_path / "state", parameters=trained(again), optimizer=optimizer)
+    assert train(again, optimizer, steps=3) == expected
+    for key, p in trained(model).items():
+        assert torch.equal(p, again.get_parameter(key)), key
+    assert torch.equal(logits(model), logits(again))
