@@ -71,11 +71,15 @@ class ImageFiles:
 
     def decode(self, number: int) -> Tensor:
         """[tiles, 3, H, W] uint8, not yet normalised. Raises ValueError with FILE:LINE."""
+        name = self.names[number]
         try:
-            return decode(resolve(self.names[number], self.root), self.processor)
+            tiles = decode(resolve(name, self.root), self.processor)
+            if len(tiles) != (expected := self.processor.tiles(*self.pixels[name])):
+                raise BadImage(f"it is another one than when the run began: {len(tiles)} tiles, expected {expected}")
+            return tiles
         except ValueError as error:
             place = f"{self.data_file}:{self.lines[number]}"
-            raise ValueError(f"{place}: image {_shown(self.names[number])}: {error}") from None
+            raise ValueError(f"{place}: image {_shown(name)}: {error}") from None
 
     def digest(self) -> bytes:
         """What pixel values follow from, but for the contents of the files: these count by their sizes."""

@@ -52,6 +52,10 @@ class ImageProcessor:
         """(width, height) of all that `cut` makes of an image of this size before the tiles."""
         raise NotImplementedError
 
+    def tiles(self, width: int, height: int) -> int:
+        """How many tiles `cut` makes of an image of this size."""
+        raise NotImplementedError
+
     def image_ids(self, width: int, height: int, tokenizer) -> list[int]:
         """What stands in the text for an image of this size."""
         raise NotImplementedError

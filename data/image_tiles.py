@@ -70,7 +70,7 @@ class Tiles(ImageProcessor):
         if rows:
             cells = pixels_of(image).view(rows, side, columns, side, 3)
             tiles.insert(0, cells.transpose(1, 2).flatten(0, 1))
-        return torch.cat(tiles).permute(0, 3, 1, 2)
+        return torch.cat(tiles).permute(0, 3, 1, 2).contiguous()
 
     def sizes_on_the_way(self, width: int, height: int) -> list[tuple[int, int]]:
         """(width, height) after each resizing: to the longest side, then to multiples of a tile."""
@@ -87,6 +87,10 @@ class Tiles(ImageProcessor):
         width, height = [(width, height), *self.sizes_on_the_way(width, height)][-1]
         large = self.split and max(width, height) > self.tile
         return (height // self.tile, width // self.tile) if large else (0, 0)
+
+    def tiles(self, width: int, height: int) -> int:
+        rows, columns = self.grid(width, height)
+        return rows * columns + 1
 
     def image_ids(self, width: int, height: int, tokenizer) -> list[int]:
         marked = _marked_ids(tokenizer, *self.grid(width, height))

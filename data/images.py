@@ -54,6 +54,9 @@ class OneTile(ImageProcessor):
         padded = (side, side) if self.background else (width, height)
         return [padded, self._resized(*padded)]
 
+    def tiles(self, width: int, height: int) -> int:
+        return 1
+
     def image_ids(self, width: int, height: int, tokenizer) -> list[int]:
         return [self.token_id] * self.tokens
 

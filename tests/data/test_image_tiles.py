@@ -60,6 +60,7 @@ def check_image(oracle, processor, image):
     if "pixel_attention_mask" in expected:
         assert expected["pixel_attention_mask"].all()  # why there is no such mask here
     assert processor.grid(*image.size) == (rows, columns)
+    assert processor.tiles(*image.size) == len(got)
     return len(got)
 
 
@@ -247,6 +248,17 @@ def test_datasets_count_tiles_and_never_cut_an_image(pictures):
         ids = dataset[2][0].tolist()
         at = [i for i, token in enumerate(ids) if token == processor.token_id][7 * TOKENS * count - 1]
         assert len(dataset.place_images(2, ids[: at + 1]).pixel_values) == 7 * count
+
+
+def test_an_image_that_is_exchanged_later_is_named(pictures):
+    tokenizer, _, processor = parts()
+    files = ImageFiles(processor, "rows.jsonl", pictures)
+    files.check("a.png")
+    files.add(("a.png",), 3)
+    assert len(files.decode(0)) == 7
+    draw(90, 10).save(pictures / "a.png")
+    with pytest.raises(ValueError, match="^rows.jsonl:3: image a.png: it is another one .* 4 tiles, expected 7"):
+        files.decode(0)
 
 
 # Configurations
