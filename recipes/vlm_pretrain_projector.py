@@ -40,11 +40,14 @@ from modules.attention import choose_attention, describe_attention, use_attentio
 from modules.compile import enable_compile
 from modules.device import describe_device, make_deterministic, peak_memory_gib, pick_device, pick_dtype
 from modules.evaluation import evaluate_loss, sample_completion
+from modules.host_embedding import keep_embedding_on_host
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory, storage_bytes
 from modules.optim import build_optimizer, learning_rate
-from modules.quantize import linear_kind, quantize_blocks
+from modules.quantize import linear_kind
 from modules.step_in_backward import step_in_backward
+from modules.vlm_parts import name_in_language_model, quantize_parts
+from modules.weight_streaming import stream_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1 Config
@@ -104,12 +107,18 @@ class Config:
     """Begin with a random projector instead of the checkpoint's."""
     quantize: Literal["none", "nf4", "int8", "int4", "float8"] = "none"
     """Keep both towers' linear layers in 4 bits while training; the result has the checkpoint's own."""
+    quantize_head: bool = False
+    """The head, too; losses rise a little."""
+    embedding: Literal["resident", "host"] = "resident"
+    """Where the input embedding lives: on the device, or in host memory, from where a batch's rows travel."""
     activations: Literal["none", "fast", "lean", "offload"] = "lean"
     """What a block keeps for backward: everything, what is dear to recompute, its input, its input in host memory."""
     activations_every: int = 1
     """With lean and offload: only every k-th block; the others are kept as with fast."""
     activations_gib: float = 0.0
     """With lean and offload: as many of the last blocks as fit into this memory are kept as with fast."""
+    weights: Literal["resident", "stream", "disk"] = "resident"
+    """Where the Llama's frozen blocks live: on the device, or in host memory or a scratch file, visiting it in turn."""
     optimizer: Literal["adamw", "adamw-8bit", "adamw-host"] = "adamw"
     """AdamW with its moments in float32, in 8 bits, or in host memory."""
     step_in_backward: bool = False
@@ -203,16 +212,26 @@ def train(cfg: Config, run: RunFolder) -> None:
     weights = WeightFiles(folder)
     if dtype == torch.float16:
         raise ValueError("float16 cannot hold an Adam step of weights trained in full: use --dtype bfloat16 or float32")
+    how = {"vision": "frozen", "projector": "full", "language": "frozen"}
     # Still on the meta device: each weight is quantised as it arrives.
-    quantize_blocks(model, linear_kind(cfg.quantize))
-    load_weights(model, weights, device=device, dtype=dtype)
+    quantize_parts(model, how, linear_kind(cfg.quantize), head=cfg.quantize_head)
+    model.requires_grad_(False)
+    language = model.language_model
+    if cfg.embedding == "host":
+        keep_embedding_on_host(language, device)
+    streamed, placed = None, None
+    if cfg.weights != "resident":
+        streamed = stream_weights(language, device, folder=run.path if cfg.weights == "disk" else None)
+        placed = lambda name: streamed.take(name_in_language_model(model, name))  # noqa: E731
+    load_weights(model, weights, device=device, dtype=dtype, placed=placed)
+    if streamed:
+        say(streamed.describe())
     projector = model.projector
     if cfg.init_projector:
         projector.init_weights(model.config.text.initializer_range)
 
     # -----------------------------------------------------------------------------------------------------------------
     # 5 Adapters / quantisation
-    model.requires_grad_(False)
     projector.requires_grad_(True)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     say(f"training {sum(p.numel() for p in trainable.values()):,} of {count(model):,} parameters")
@@ -225,10 +244,11 @@ def train(cfg: Config, run: RunFolder) -> None:
         attention = choose_attention(language.config, device, dtype, batch=cfg.batch_size, length=seq_len)
     say(describe_attention(device, dtype, cfg.packing, attention))
     measures = dict(every=cfg.activations_every, budget=cfg.activations_gib * 2**30)
-    keep_activations(language, cfg.activations, **measures, compile=cfg.compile)
+    bind = streamed.use if streamed else None
+    keep_activations(language, cfg.activations, **measures, compile=cfg.compile, bind=bind)
     keep_activations(vision, "none", compile=cfg.compile)  # nothing in it or before it is trained
     autocast = nullcontext()  # every layer already computes in the weights' dtype
-    measures |= dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward)
+    measures |= dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward, streamed=streamed)
     plan = plan_memory(language, cfg.activations, **measures, tokens=cfg.batch_size * seq_len, dtype=dtype)
     plan["vision"] = sum(storage_bytes(p) for p in (*vision.parameters(), *projector.parameters()))
     say(describe_memory(plan))

@@ -341,13 +341,21 @@ def test_what_cannot_work(base, tmp_path):
         assert done.returncode == 2 and said in done.stderr
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4", "int4"])
-def test_the_projector_alone(base, tmp_path, quantize):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--quantize", "nf4", "--quantize-head", "--weights", "stream"),
+        ("--quantize", "int4"),
+        ("--weights", "disk", "--embedding", "host"),
+    ],
+)
+def test_the_projector_alone(base, tmp_path, flags):
     """Only the projector changes, whatever the towers were rounded to while training; stage 2 goes on from there."""
     run_recipe(
         "vlm_pretrain_projector",
         *("--model", base / "base", "--data", base / "rows.jsonl", "--output", tmp_path / "run", "--device", "cpu"),
-        *("--batch-size", "2", "--max-steps", "4", "--init-projector", "--quantize", quantize, "--lr", "1e-2"),
+        *("--batch-size", "2", "--max-steps", "4", "--init-projector", "--lr", "1e-2", *flags),
     )
     before = HFLlava.from_pretrained(base / "base").state_dict()
     after = HFLlava.from_pretrained(tmp_path / "run/model").state_dict()
