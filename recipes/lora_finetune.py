@@ -105,7 +105,7 @@ class Config:
     dropout: float = 0.0
     """Dropout on the adapters' input."""
     targets: tuple[str, ...] = ALL_LINEAR
-    """Layers to adapt, by name: q_proj, self_attn.q_proj, lm_head, or a full name."""
+    """Layers to adapt, by name: q_proj, self_attn.q_proj, lm_head, embed_tokens, or a full name."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which adapters are kept; bfloat16 ones are updated with stochastic rounding."""
     quantize: Literal["none", "nf4", "int8", "int4", "float8"] = "none"

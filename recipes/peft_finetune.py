@@ -2,6 +2,7 @@
 
     python recipes/peft_finetune.py --method dora --model meta-llama/Llama-3.2-1B --data train.jsonl --output runs/dora
     python recipes/peft_finetune.py --method ia3 --model BASE --data train.jsonl --output runs/ia3 --lr 5e-3
+    python recipes/peft_finetune.py --model BASE --data train.jsonl --output runs/t --new-tokens "<tool>" "</tool>"
 
 The same text as lora_finetune.py, but for what is put into the model (5) and its learning rates (7, 9). Each method is
 one file in modules/ that explains it. The result, OUTPUT/adapter, is in PEFT's format where PEFT has the method;
@@ -115,7 +116,7 @@ class Config:
     dropout: float = 0.0
     """Dropout on the adapters' input."""
     targets: tuple[str, ...] | None = None
-    """Modules to change, by name: q_proj, self_attn.q_proj, or a full name; default: the method's own choice."""
+    """Modules to change, by name: q_proj, self_attn.q_proj, embed_tokens …; default: the method's own choice."""
     rank_pattern: tuple[str, ...] = ()
     """Layers of LoRA and its relatives with another rank: q_proj=8 layers.0.mlp.down_proj=32 …"""
     alpha_pattern: tuple[str, ...] = ()

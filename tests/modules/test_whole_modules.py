@@ -1,10 +1,11 @@
 """Modules trained whole beside an adapter, against peft's modules_to_save."""
 
+import copy
 import json
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from checkpointing.adapters import load_adapter, save_adapter
@@ -15,6 +16,7 @@ from modules.vocabulary import is_tied
 from modules.whole_modules import train_whole_modules
 from tests.models.test_llama import load, make_pair
 from tests.modules.peft_methods import assert_follows_peft, ids, logits, loss_of, train, trained
+from tests.recipes.test_vlm import make_llava
 
 EVERYTHING = ["lm_head", "embed_tokens", "model.norm"]
 LORA = dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -101,3 +103,32 @@ def test_saved_modules_that_do_not_fit_are_named(tmp_path):
     make_pair(tmp_path / "other", hidden_size=96)
     with pytest.raises(ValueError, match="does not fit this model"):
         load_adapter(load(tmp_path / "other"), tmp_path / "adapter")
+
+
+VISION_LANGUAGE = {
+    "embedding": dict(target_modules=["q_proj", "embed_tokens"]),
+    "whole": dict(target_modules=["q_proj"], modules_to_save=["lm_head", "multi_modal_projector"]),
+    "rows": dict(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 9], "lm_head": [3, 9]}),
+}
+
+
+@pytest.mark.parametrize("what", VISION_LANGUAGE)
+def test_on_a_vision_language_model(tmp_path, what):
+    """There the same modules have longer names; what lies beside an adapter opens both ways."""
+    theirs = make_llava(tmp_path / "base")
+    base = copy.deepcopy(theirs)
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **VISION_LANGUAGE[what])
+    theirs = get_peft_model(theirs, config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in trained(theirs).values():
+            p.add_(torch.randn_like(p) * 0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "base")
+    load_adapter(ours, tmp_path / "theirs")
+    tokens = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(3))
+    got = ours.logits(ours(tokens))
+    assert (got - theirs(input_ids=tokens).logits).abs().max() < 1e-5
+    save_adapter(tmp_path / "ours", ours, base=str(tmp_path / "base"))
+    opened = PeftModel.from_pretrained(base, tmp_path / "ours")
+    assert (got - opened(input_ids=tokens).logits).abs().max() < 1e-5
