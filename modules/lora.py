@@ -117,15 +117,12 @@ def add_lora(
             raise ValueError(f"{flag} {', '.join(unknown)} names no layer that --targets names")
     model.requires_grad_(False)
     for name in names:
-        own_rank, own_alpha = look_up(rank_pattern, name, rank), look_up(alpha_pattern, name, alpha)
-        if isinstance(layers[name], nn.Linear):
-            new = layer(layers[name], own_rank, own_alpha, dropout, dtype)
-        elif embedding := getattr(layer, "embedding", None):
-            new = embedding(layers[name], own_rank, own_alpha, dtype)
-        else:
+        kind = layer if isinstance(layers[name], nn.Linear) else getattr(layer, "embedding", None)
+        if kind is None:
             raise ValueError(f"--targets {name} is an embedding, for which {layer.__name__} has no form")
+        sizes = look_up(rank_pattern, name, rank), look_up(alpha_pattern, name, alpha)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new)
+        setattr(model.get_submodule(parent), leaf, kind(layers[name], *sizes, dropout, dtype))
     return names
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 class LoRAEmbedding(nn.Embedding):
     """A frozen embedding (nn.Embedding or a subclass of it, such as HostEmbedding) with a trained low-rank addition."""
 
-    def __init__(self, base: nn.Embedding, rank: int, alpha: float, dtype: torch.dtype):
+    def __init__(self, base: nn.Embedding, rank: int, alpha: float, dropout: float, dtype: torch.dtype):
+        """As LoRALinear's; `dropout` is not applied to what is looked up."""
         super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
         self.weight, self.base_class = base.weight, type(base)
         self.requires_grad_(False)

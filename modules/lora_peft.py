@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from modules.adapter_parts import replace_modules
 from modules.lora import LoRALinear, add_lora, lora_layers
 from modules.lora_embedding import LoRAEmbedding, lora_embeddings
 from modules.methods import Options
@@ -84,13 +85,10 @@ def load(
         if name not in modules:
             wrong.append(f"{name} (no such linear layer)")
             continue
-        sizes = (setting["rank"], setting["alpha"])
-        if isinstance(modules[name], nn.Linear):
-            new[name] = layer(modules[name], *sizes, 0.0, dtype)
-        elif layer.embedding is not None:
-            new[name] = layer.embedding(modules[name], *sizes, dtype)
-        else:
+        kind = layer if isinstance(modules[name], nn.Linear) else layer.embedding
+        if kind is None:
             raise ValueError(f"it adapts {name}, an embedding, for which {layer.__name__} has no form")
+        new[name] = kind(modules[name], setting["rank"], setting["alpha"], 0.0, dtype)
         wanted = {f"{name}.{key}": tuple(p.shape) for key, p in adapter_of(new[name]).items()}
         found = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key.startswith(f"{name}.lora_")}
         if found != wanted:
@@ -101,9 +99,7 @@ def load(
         with torch.no_grad():
             for key, parameter in adapter_of(module).items():
                 parameter.copy_(tensors[f"{name}.{key}"])
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
-    return list(new)
+    return replace_modules(model, new)
 
 
 def adapter_of(layer: LoRALinear | LoRAEmbedding) -> dict[str, nn.Parameter]:

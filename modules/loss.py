@@ -10,7 +10,7 @@ so `linear_cross_entropy` forms the gradients of hidden states and head *during 
 logits; backward only scales them. `linear_logprobs` is for losses that weigh tokens afterwards (DPO, RL,
 distillation): its gradient is not known in forward, so each chunk is computed a second time in backward.
 
-Both take the head as a *module* (a linear layer, LoRA, NF4, with or without bias) and call it: nothing that an
+Both take the head as a *module* (a linear layer, LoRA, quantised, with or without bias) and call it: nothing that an
 adapter adds to the head can be forgotten here. Positions to be ignored are dropped before the projection.
 
 N target positions, D model, V vocabulary, C chunk.
@@ -151,8 +151,8 @@ def _forward_only(hidden_ND: Tensor, head: nn.Module, targets_N: Tensor, chunk: 
 
 def _select(hidden: Tensor, head: nn.Module, targets: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
     """Only the positions that have a target: hidden [N, D] and targets [N]."""
-    if not isinstance(head, nn.Linear):  # LoRALinear and NF4Linear are nn.Linear, too
-        raise ValueError(f"the head must be a linear layer (dense, LoRA or NF4), got {type(head).__name__}")
+    if not isinstance(head, nn.Linear):  # with an adapter or quantised it is one, too
+        raise ValueError(f"the head must be a linear layer (dense, adapted or quantised), got {type(head).__name__}")
     if index is None:
         if targets.shape != hidden.shape[:-1]:
             raise ValueError(f"targets {tuple(targets.shape)} do not fit hidden states {tuple(hidden.shape)}")
