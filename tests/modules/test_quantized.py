@@ -13,6 +13,7 @@ from modules.methods import Options, add_method
 from modules.quantize import KINDS, linear_kind, quantize_blocks, rounded_like
 from modules.quantized import Float8Tensor, Int4Tensor, Int8Tensor, quantize_tensor
 from tests.models.test_llama import make_pair
+from tests.modules.every_method import batches
 from tests.modules.peft_methods import logits, train, trained
 
 TENSORS = {"int8": Int8Tensor, "int4": Int4Tensor, "float8": Float8Tensor}
@@ -153,8 +154,6 @@ def test_compiles_in_one_graph(tmp_path, kind):
 @pytest.mark.parametrize("method", ["pissa", "olora", "loftq", "dora", "eva"])
 def test_methods_that_begin_from_the_weights(tmp_path, method, kind):
     """PiSSA, OLoRA and LoftQ quantise what they leave; their start is nearer to the base than the quantised base is."""
-    from tests.modules.test_lora_family import batches
-
     _, model = make_pair(tmp_path)
     base = logits(model)
     _, plain = make_pair(tmp_path)
