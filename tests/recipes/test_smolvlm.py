@@ -7,10 +7,11 @@ import peft
 import pytest
 import torch
 from PIL import Image
-from transformers import Idefics3Config
+from transformers import AutoProcessor, Idefics3Config
 from transformers import Idefics3ForConditionalGeneration as HFIdefics3
 from transformers import SmolVLMForConditionalGeneration as HFSmolVLM
 
+from checkpointing.adapters import load_adapter
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from data.batches import Batches
 from data.chat_contents import as_parts
@@ -95,6 +96,13 @@ def test_logits_from_files_to_the_head(tmp_path, split):
         assert (logits - reference(**inputs).logits)[real].abs().max() < 1e-5
 
 
+def as_theirs(batch):
+    """The batch's tiles as transformers takes them."""
+    _, _, processor = tiny_tiles.parts()
+    tiles = [row.count(processor.token_id) // processor.tokens for row in batch.input_ids.tolist()]
+    return nested(batch.pixel_values, tiles)
+
+
 def test_twenty_steps_follow_transformers_and_peft(base, tmp_path):
     flags = ("--no-shuffle", "--schedule", "constant", "--rank", "4", "--vision", "lora", "--projector", "lora")
     train(base, tmp_path / "start", *flags, *SEQ_LEN, steps=0)
@@ -111,8 +119,7 @@ def test_twenty_steps_follow_transformers_and_peft(base, tmp_path):
     for _, _, (batch,) in Batches(dataset, batch_size=2).steps(0, 0):
         labels = torch.full(batch.input_ids.shape, -100)
         labels.view(-1)[batch.target_index] = batch.targets
-        tiles = [row.count(processor.token_id) // processor.tokens for row in batch.input_ids.tolist()]
-        given = {} if batch.pixel_values is None else {"pixel_values": nested(batch.pixel_values, tiles)}
+        given = {} if batch.pixel_values is None else {"pixel_values": as_theirs(batch)}
         logits = model(input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.input_ids), **given).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
@@ -125,10 +132,11 @@ def test_twenty_steps_follow_transformers_and_peft(base, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-4)
 
 
-def test_measures_train_the_same(base, tmp_path):
+@pytest.mark.parametrize("flags", [("--activations", "offload"), ("--weights", "stream", "--embedding", "host")])
+def test_measures_train_the_same(base, tmp_path, flags):
     parts = ("--vision", "lora", "--projector", "full", "--no-shuffle", "--max-grad-norm", "0", *SEQ_LEN)
     train(base, tmp_path / "plain", *parts, "--activations", "none", steps=4)
-    train(base, tmp_path / "run", *parts, "--fused", "--activations", "offload", steps=4)
+    train(base, tmp_path / "run", *parts, "--fused", *flags, steps=4)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
@@ -149,7 +157,11 @@ def test_each_part_has_its_learning_rate(base, tmp_path):
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert all(name in same for name in before if "vision_model" in name)
     assert not any("connector" in name or "q_proj" in name for name in same if "vision_model" not in name)
-    assert (tmp_path / "run/model/processor_config.json").is_file()
+    processor = AutoProcessor.from_pretrained(tmp_path / "run/model")
+    images, text = [Image.open(base / "1.png")], "<image> which one?"
+    inputs = [p(text=text, images=images, return_tensors="pt") for p in (processor, tiny_tiles.smolvlm_processor())]
+    assert inputs[0].keys() == inputs[1].keys()
+    assert all(torch.equal(inputs[0][key], inputs[1][key]) for key in inputs[0])
 
 
 def test_resumed_equals_uninterrupted(base, tmp_path):
@@ -160,6 +172,24 @@ def test_resumed_equals_uninterrupted(base, tmp_path):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     results = [(tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("run", "whole")]
     assert results[0] == results[1]
+
+
+def test_a_whole_connector_travels_with_the_adapter(base, tmp_path):
+    train(base, tmp_path / "run", "--projector", "full", "--vision", "lora", "--rank", "4", *SEQ_LEN, steps=3)
+    adapter = tmp_path / "run/adapter"
+    ours = build_model(read_config(base / "base"))
+    load_weights(ours, WeightFiles(base / "base"), device=torch.device("cpu"), dtype=torch.float32)
+    before = ours.projector.modality_projection.proj.weight.clone()
+    load_adapter(ours, adapter)
+    assert not torch.equal(dict(ours.projector.named_parameters())["modality_projection.proj.weight"], before)
+    theirs = peft.PeftModel.from_pretrained(HFIdefics3.from_pretrained(base / "base"), adapter).eval()
+    tokenizer, template, processor = tiny_tiles.parts()
+    dataset = load_dataset(base / "rows.jsonl", tokenizer, template, seq_len=None, image_processor=processor)
+    (batch,) = Batches(dataset, batch_size=12).one_epoch()
+    with torch.no_grad():
+        expected = theirs(input_ids=batch.input_ids, pixel_values=as_theirs(batch)).logits
+        found = ours.logits(ours(batch.input_ids, batch.layout, images=batch.images))
+    assert (found - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])
