@@ -109,6 +109,17 @@ class Batches:
     def steps_in_epoch(self, epoch: int) -> int:
         return -(-len(self.plan(epoch)) // self.grad_accum)
 
+    @property
+    def most_images(self) -> int:
+        """Images (tiles) in a micro-batch, at most: as many as fit into its packs, or as its largest rows have."""
+        images = self.dataset.images
+        if images is None:
+            return 0
+        tiles = sorted(images.tiles_of(i) for i in range(len(self.dataset)))
+        if self.packing:
+            return min(sum(tiles), self.batch_size * (self.seq_len // images.processor.tokens))
+        return sum(tiles[-self.batch_size :])
+
     def total_steps(self, epochs: int, max_steps: int | None) -> int:
         """Optimizer steps of a run of `epochs` epochs that ends at `max_steps` at the latest."""
         if epochs < 1 or (max_steps is not None and max_steps < 0):

@@ -69,6 +69,9 @@ class ImageFiles:
     def of(self, example: int) -> range:
         return range(self.offsets[example], self.offsets[example + 1])
 
+    def tiles_of(self, example: int) -> int:
+        return sum(self.processor.tiles(*self.pixels[self.names[number]]) for number in self.of(example))
+
     def decode(self, number: int) -> Tensor:
         """[tiles, 3, H, W] uint8, not yet normalised. Raises ValueError with FILE:LINE."""
         name = self.names[number]

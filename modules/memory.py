@@ -72,6 +72,43 @@ def plan_memory(
     }
 
 
+def plan_vision(
+    model: nn.Module,
+    rung: str,
+    plan: dict[str, int],
+    *,
+    images: int,
+    dtype: torch.dtype,
+    optimizer: str = "adamw",
+    step_in_backward: bool = False,
+) -> int:
+    """Bytes that vision tower and projector add to the language model's plan, for micro-batches of `images` images.
+
+    `rung`: what the tower's blocks keep, if anything in it is trained. What a block has alive besides is there before
+    the language model's forward or after its backward, when this one's activations are not.
+    """
+    tower, config = model.vision_tower, model.vision_tower.config
+    D, F, patches = config.hidden_size, config.intermediate_size, images * config.patches
+    parameters = [*tower.parameters(), *model.projector.parameters()]
+    trained = [p for p in parameters if p.requires_grad]
+    gradients = [storage_bytes(p) for p in trained]
+    inner = (3 if config.hidden_act == "quick_gelu" else 2) * F  # x · sigmoid(x) is written out, and keeps one more
+    plain = 8 * D + inner
+    kept = {"none": plain, "fast": 7 * D + F, "lean": D, "offload": 0}[rung]
+    if any(p.requires_grad for p in tower.parameters()):
+        activations, alive = kept * len(tower.blocks), plain - kept + 7 * D
+    else:
+        activations, alive = 0, 3 * D + inner
+    elsewhere = plan["activations"] + plan["one block"]
+    return (
+        sum(storage_bytes(p) for p in parameters)
+        + (max(gradients, default=0) if step_in_backward else sum(gradients))
+        + STATE_BYTES[optimizer] * sum(p.numel() for p in trained)
+        + patches * dtype.itemsize * activations
+        + max(0, patches * dtype.itemsize * alive - elsewhere)
+    )
+
+
 def describe_memory(plan: dict[str, int]) -> str:
     # A block and the loss are never alive together.
     total = sum(plan.values()) - min(plan["one block"], plan["loss"])

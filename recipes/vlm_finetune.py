@@ -47,7 +47,7 @@ from modules.host_embedding import keep_embedding_on_host
 from modules.lora import ALL_LINEAR
 from modules.lora_block import disagreement, why_not
 from modules.loss import linear_cross_entropy
-from modules.memory import describe_memory, plan_memory, storage_bytes
+from modules.memory import describe_memory, plan_memory, plan_vision
 from modules.optim import build_optimizer, learning_rate
 from modules.quantize import linear_kind
 from modules.step_in_backward import step_in_backward
@@ -285,9 +285,10 @@ def train(cfg: Config, run: RunFolder) -> None:
     keep_activations(language, cfg.activations, **measures, compile=cfg.compile, bind=bind)
     keep_activations(vision, cfg.activations if cfg.vision != "frozen" else "none", compile=cfg.compile)
     autocast = nullcontext()  # every layer already computes in the weights' dtype
-    measures |= dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward, streamed=streamed)
+    steps = dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward)
+    measures |= steps | dict(streamed=streamed)
     plan = plan_memory(language, cfg.activations, **measures, tokens=cfg.batch_size * seq_len, dtype=dtype)
-    plan["vision"] = sum(storage_bytes(p) for p in (*vision.parameters(), *trained["projector"].values()))
+    plan["vision"] = plan_vision(model, cfg.activations, plan, images=batches.most_images, dtype=dtype, **steps)
     say(describe_memory(plan))
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from modules.device import describe_device, make_deterministic, peak_memory_gib,
 from modules.evaluation import evaluate_loss, sample_completion
 from modules.host_embedding import keep_embedding_on_host
 from modules.loss import linear_cross_entropy
-from modules.memory import describe_memory, plan_memory, storage_bytes
+from modules.memory import describe_memory, plan_memory, plan_vision
 from modules.optim import build_optimizer, learning_rate
 from modules.quantize import linear_kind
 from modules.step_in_backward import step_in_backward
@@ -248,9 +248,10 @@ def train(cfg: Config, run: RunFolder) -> None:
     keep_activations(language, cfg.activations, **measures, compile=cfg.compile, bind=bind)
     keep_activations(vision, "none", compile=cfg.compile)  # nothing in it or before it is trained
     autocast = nullcontext()  # every layer already computes in the weights' dtype
-    measures |= dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward, streamed=streamed)
+    steps = dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward)
+    measures |= steps | dict(streamed=streamed)
     plan = plan_memory(language, cfg.activations, **measures, tokens=cfg.batch_size * seq_len, dtype=dtype)
-    plan["vision"] = sum(storage_bytes(p) for p in (*vision.parameters(), *projector.parameters()))
+    plan["vision"] = plan_vision(model, cfg.activations, plan, images=batches.most_images, dtype=dtype, **steps)
     say(describe_memory(plan))
 
     # -----------------------------------------------------------------------------------------------------------------

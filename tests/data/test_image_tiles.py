@@ -10,6 +10,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
+from data.batches import Batches
 from data.chat_templates import ChatTemplate
 from data.dataset import IGNORE_INDEX, load_dataset
 from data.image_files import ImageFiles, check, load_image
@@ -239,6 +240,9 @@ def test_datasets_count_tiles_and_never_cut_an_image(pictures):
     dataset = load(None)
     assert dataset.report.lines()[1] == "4 images in 28 tiles of 4 tokens each among them"
     assert [len(dataset.pixel_values(i)) if i != 1 else dataset.pixel_values(i) for i in range(3)] == [7, None, 21]
+    assert [Batches(dataset, batch_size=n).most_images for n in (1, 2, 3)] == [21, 28, 28]
+    packs = dict(packing=True, seq_len=60)
+    assert [Batches(dataset, batch_size=n, **packs).most_images for n in (1, 2)] == [15, 28]
     ids = dataset[0][0].tolist()
     end = len(ids) - ids[::-1].index(tokenizer.special_tokens["<fake_token_around_image>"])
     for seq_len in (end - 1, end, end + 1):
