@@ -22,8 +22,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from modules.host_memory import pinned_empty
 
-PIECE = 4 * 2**20  # bytes
-PIECES_AT_A_TIME = 64
+PIECE = 16 * 2**20  # bytes; smaller ones cost the host more calls
+PIECES_AT_A_TIME = 16
 
 
 class Offloaded:

@@ -26,6 +26,7 @@ B batch, T tokens (B · T where flat), D model, N query heads, K key/value heads
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -110,6 +111,7 @@ class FusedBlocks:
     def __init__(self, model: nn.Module, offload: ActivationOffload | None = None):
         self.offload = offload
         self.blocks = {id(block): BlockLayers(block) for block in model.blocks}
+        self.tables: tuple[Tensor, Sequence[Tensor]] | None = None
 
     def put_weights_side_by_side(self) -> None:
         """One product for q, k and v, and one for gate and up, where these are dense; not for weights that travel."""
@@ -139,7 +141,14 @@ class FusedBlocks:
             layers.copies = AdapterCopies(layers.groups, hidden.dtype)
         layers.copies.refresh()  # the optimizer may have stepped since the last forward
         how = _How(layout, layers, keep, self.offload, lambda: bind(block))
-        return _FusedBlock.apply(hidden, cos, sin, how, *layers.parameters)
+        return _FusedBlock.apply(hidden, *self._tables(cos, sin, hidden), how, *layers.parameters)
+
+    def _tables(self, cos: Tensor, sin: Tensor, hidden: Tensor) -> Sequence[Tensor]:
+        """cos and sin for every row of the batch, [B·T, H]; made once for all blocks."""
+        if self.tables is None or self.tables[0] is not cos:
+            B, T, _ = hidden.shape
+            self.tables = cos, [table.expand(B, T, -1).reshape(B * T, -1) for table in (cos, sin)]
+        return self.tables[1]
 
 
 class BlockLayers:
@@ -179,8 +188,8 @@ class _FusedBlock(torch.autograd.Function):
     def forward(ctx, hidden, cos, sin, how, *adapters):
         how.bind()
         x, trained = hidden.flatten(0, 1), any(ctx.needs_input_grad)
-        run = _Pass(how.layers, hidden, cos, sin, how.layout)
-        kept = run.first_half(x)
+        run = _Pass(how.layers, hidden.shape, cos, sin, how.layout)
+        kept = run.first_half(x, sent_away=how.keep == "attention")
         if trained:
             offloaded = None
             if how.keep in ("offload", "attention"):  # on its way while the feed-forward is computed
@@ -206,7 +215,7 @@ class _FusedBlock(torch.autograd.Function):
         layers = how.layers
         how.bind()
         x = how.offload.get(ctx.offloaded) if ctx.offloaded else ctx.saved_tensors[0]
-        run = _Pass(layers, x.view(shape), cos, sin, how.layout)
+        run = _Pass(layers, shape, cos, sin, how.layout)
         # What was kept serves one backward and is freed on the way; another one (retain_graph) computes it again.
         kept, ctx.kept = ctx.kept or run.first_half(x), None
         dy, dx_mid, second_half = grad.flatten(0, 1), None, GradientSum(layers.gate_up, layers.down)
@@ -242,17 +251,16 @@ class Kept(NamedTuple):
 class _Pass:
     """One pass, forward or backward, over a block whose weights are on the card. Tokens are flat: x [B·T, D]."""
 
-    def __init__(self, layers: BlockLayers, hidden_BTD: Tensor, cos_BTH: Tensor, sin_BTH: Tensor, layout):
-        B, T, _ = hidden_BTD.shape
-        self.layers, self.layout, self.batch = layers, layout, B
-        self.tables = [table.expand(B, T, -1).reshape(B * T, -1) for table in (cos_BTH, sin_BTH)]
+    def __init__(self, layers: BlockLayers, shape_BTD: Sequence[int], cos_TH: Tensor, sin_TH: Tensor, layout):
+        B, T, _ = shape_BTD
+        self.layers, self.layout, self.batch, self.tables = layers, layout, B, (cos_TH, sin_TH)
         self.groups = _groups(8 * B * T * layers.heads * layers.head_dim, layers.kv_heads)
-        row = 3 * layers.gate_up.sizes[0] * hidden_BTD.element_size()
+        row = 3 * layers.gate_up.sizes[0] * cos_TH.element_size()
         tile = math.ceil(B * T / math.ceil(B * T * row / TILE_BYTES))
         self.tiles = [slice(start, min(start + tile, B * T)) for start in range(0, B * T, tile)]
 
-    def first_half(self, x: Tensor) -> Kept:
-        """x' = x + attention, with what its backward needs."""
+    def first_half(self, x: Tensor, *, sent_away: bool = False) -> Kept:
+        """x' = x + attention, with what its backward needs; `sent_away`: and a list of what its graph holds on to."""
         layers = self.layers
         qkv, a_qkv = layers.qkv.forward(rms_norm(x, layers.norm.weight, layers.norm.eps))
         q, k, v = split_and_rotate(qkv, *self.tables, layers.heads, layers.kv_heads)
@@ -262,7 +270,7 @@ class _Pass:
         with torch.enable_grad():
             for parts in zip(*(t.chunk(self.groups, dim=1) for t in (q, k, v)), strict=True):
                 leaves = [part.detach().requires_grad_() for part in parts]
-                with saved_for_backward() as kept_by_graph:
+                with saved_for_backward() if sent_away else nullcontext([]) as kept_by_graph:
                     heads.append((*leaves, attend(*leaves, self.layout)))
                 saved += kept_by_graph
         x_mid, a_o = layers.o.forward(_together([out.detach() for _, _, _, out in heads]).flatten(1), onto=x)

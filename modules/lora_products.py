@@ -39,7 +39,12 @@ class Projections:
         self.adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
         self.sizes = [layer.out_features for layer in layers]
         self.ranks = [layer.rank if layer in self.adapted else 0 for layer in layers]
+        self.scalings = [layer.scaling for layer in self.adapted]
         self.parameters = [p for layer in self.adapted for p in (layer.lora_A.weight, layer.lora_B.weight)]
+        kinds = [layer.base_class if layer in self.adapted else type(layer) for layer in layers]
+        self.dequantize = [getattr(kind, "dense_weight", None) for kind in kinds]
+        self.whole: Tensor | None = None  # dense weights side by side, as one
+        self.rows: list[int] = []  # and the address of each in it
 
     def forward(
         self, x_TD: Tensor, onto: Tensor | None = None, out: Tensor | None = None
@@ -53,7 +58,7 @@ class Projections:
         elif self.adapted:
             torch.addmm(onto, a_TR, self.Bs[0].t(), out=y_TO)
         for columns, adapted, W in self._frozen():
-            y = y_TO[:, columns]
+            y = y_TO if columns is None else y_TO[:, columns]
             if adapted:
                 y.addmm_(x_TD, W.t())
             elif onto is None:
@@ -76,7 +81,7 @@ class Projections:
                 torch.mm(dy, B, out=g)
             dx = g_TR @ self.A_RD
         for columns, _, W in self._frozen():
-            dy = dy_TO[:, columns]
+            dy = dy_TO if columns is None else dy_TO[:, columns]
             dx = dy @ W if dx is None else dx.addmm_(dy, W)
             del W
         return dx, g_TR
@@ -86,33 +91,38 @@ class Projections:
         if not self.adapted:
             return []
         dA_RD, dBs = g_TR.t() @ x_TD, [dy.t() @ a for dy, a, _ in self._adapters(dy_TO, a_TR)]
-        ranks = [rank for rank in self.ranks if rank]
-        return [grad for pair in zip(dA_RD.split(ranks), dBs, strict=True) for grad in pair]
+        dAs = dA_RD.split([rank for rank in self.ranks if rank]) if len(dBs) > 1 else [dA_RD]
+        return [grad for pair in zip(dAs, dBs, strict=True) for grad in pair]
 
-    def _adapters(self, y_TO: Tensor, a_TR: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _adapters(self, y_TO: Tensor, a_TR: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Each adapted layer's columns of y and of a, and its B."""
-        if self.adapted:
-            columns = zip(y_TO.split(self.sizes, dim=1), a_TR.split(self.ranks, dim=1), self.Bs, strict=True)
-            yield from ((y, a, B) for y, a, B in columns if B is not None)
+        if not self.adapted:
+            return []
+        if len(self.layers) == 1:
+            return [(y_TO, a_TR, self.Bs[0])]
+        columns = zip(y_TO.split(self.sizes, dim=1), a_TR.split(self.ranks, dim=1), self.Bs, strict=True)
+        return [(y, a, B) for y, a, B in columns if B is not None]
 
-    def _frozen(self) -> Iterator[tuple[slice, bool, Tensor]]:
-        """Columns of y, whether an adapter has written to them before, and W: of all layers at once, or one by one."""
-        if all(self.ranks) or not any(self.ranks):
-            W = _one_behind_the_other(self.layers)
-            if W is not None:
-                yield slice(None), any(self.ranks), W
-                return
-        start = 0
-        for layer, size, rank in zip(self.layers, self.sizes, self.ranks, strict=True):
-            yield slice(start, start + size), rank > 0, dense_weight(layer)
-            start += size
+    def _frozen(self) -> Iterator[tuple[slice | None, bool, Tensor]]:
+        """Columns of y (None: all), whether an adapter has written to them before, and W."""
+        weights = [layer.weight for layer in self.layers]
+        if self.whole is not None and [weight.data_ptr() for weight in weights] == self.rows:
+            yield None, bool(self.adapted), self.whole
+            return
+        end = 0
+        for layer, weight, size, rank, dequantize in zip(
+            self.layers, weights, self.sizes, self.ranks, self.dequantize, strict=True
+        ):
+            start, end = end, end + size
+            columns = slice(start, end) if len(weights) > 1 else None
+            yield columns, rank > 0, dequantize(layer) if dequantize else weight.detach()
 
 
 class GradientSum:
     """The sum over tiles of tokens of what `Projections.gradients` gives, in the adapters' own dtype."""
 
     def __init__(self, *groups: Projections):
-        self.scalings = [layer.scaling for group in groups for layer in group.adapted]
+        self.scalings = [scaling for group in groups for scaling in group.scalings]
         self.sums = [torch.empty_like(p, requires_grad=False) for group in groups for p in group.parameters]
         self.empty = True
 
@@ -144,7 +154,7 @@ class AdapterCopies:
             self.masters += As + Bs
             self.copies += new_As + new_Bs
             self.scaled += new_As
-            self.scalings += [layer.scaling for layer in group.adapted]
+            self.scalings += group.scalings
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -155,32 +165,11 @@ class AdapterCopies:
 
 
 def put_side_by_side(groups: Sequence[Projections]) -> None:
-    """Move the dense weights of each group's layers together in memory; they stay parameters of their own."""
+    """Make each group's dense weights the rows of one matrix, for one product; they stay parameters of their own."""
     for group in groups:
-        if len(group.layers) > 1 and not any(_quantised(layer) for layer in group.layers):
-            whole = torch.cat([layer.weight.detach() for layer in group.layers])
-            for layer, rows in zip(group.layers, whole.split(group.sizes), strict=True):
+        # Where not all or none of the layers have adapters, the first product cannot write or add to all of y.
+        if len(group.layers) > 1 and not any(group.dequantize) and len(group.adapted) in (0, len(group.layers)):
+            group.whole = torch.cat([layer.weight.detach() for layer in group.layers])
+            for layer, rows in zip(group.layers, group.whole.split(group.sizes), strict=True):
                 layer.weight.data = rows
-
-
-def _one_behind_the_other(layers: Sequence[nn.Linear]) -> Tensor | None:
-    """The one matrix whose rows the layers' dense weights are, if they lie so in memory."""
-    if any(_quantised(layer) for layer in layers):
-        return None
-    weights = [layer.weight.detach() for layer in layers]
-    first, end = weights[0], weights[0].data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            return None
-        end += weight.nbytes
-    return first.as_strided((sum(len(weight) for weight in weights), first.shape[1]), first.stride())
-
-
-def _quantised(layer: nn.Linear) -> bool:
-    return hasattr(layer.base_class if isinstance(layer, LoRALinear) else layer, "dense_weight")
-
-
-def dense_weight(layer: nn.Linear) -> Tensor:
-    """W [out, in], to multiply with; of a quantised layer a dense copy, to be dropped after use."""
-    kind = layer.base_class if isinstance(layer, LoRALinear) else type(layer)
-    return kind.dense_weight(layer) if _quantised(layer) else layer.weight.detach()
+            group.rows = [layer.weight.data_ptr() for layer in group.layers]
