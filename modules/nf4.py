@@ -2,8 +2,9 @@
 
 Each weight becomes one of 16 values, the quantiles of a normal distribution scaled to [-1, 1], times the largest
 magnitude of its block of 64. Those block scales are quantised once more, to 8 bits per scale with one float per 256
-of them ("double quantisation", Sec. 3), which brings the cost to 4.13 bits per weight. The weights are frozen:
-forward and backward both need W only as a factor, so a matrix is dequantised where it is used and dropped again.
+of them ("double quantisation", Sec. 3), which brings the cost to 4.13 bits per weight; the error is 9.2 % of normally
+distributed weights. The weights are frozen: forward and backward both need W only as a factor, so a matrix is
+dequantised where it is used and dropped again.
 
 Storage and subclass behaviour are torchao's; quantising and dequantising are written out here, because torchao's
 index with int64 and need 8 to 64 bytes per weight on the way. The scale statistics are kept in float32 whatever

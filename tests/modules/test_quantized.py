@@ -8,7 +8,7 @@ from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
 from modules.lora import LoRALinear
-from modules.memory import storage_bytes
+from modules.memory import plan_memory, storage_bytes
 from modules.methods import Options, add_method
 from modules.quantize import KINDS, linear_kind, quantize_blocks, rounded_like
 from modules.quantized import Float8Tensor, Int4Tensor, Int8Tensor, quantize_tensor
@@ -136,6 +136,18 @@ def test_reads_as_a_dense_parameter(kind):
     assert type(merged) is nn.Linear and merged.weight.dtype == torch.bfloat16
     with pytest.raises(NotImplementedError, match="compute with its dense"):
         layer.weight + 1
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_the_memory_plan_counts_codes_and_scales(tmp_path, kind):
+    _, model = make_pair(tmp_path, hidden_size=64, intermediate_size=128)
+    plan = dict(tokens=8, dtype=torch.float32)
+    dense = plan_memory(model, "lean", **plan)["weights"]
+    names = quantize_blocks(model, linear_kind(kind))
+    count = sum(model.get_submodule(name).weight.numel() for name in names)
+    rows = sum(model.get_submodule(name).out_features for name in names)
+    stored = count * 4.5 / 8 if kind == "int4" else count + 4 * rows
+    assert plan_memory(model, "lean", **plan)["weights"] == dense - 4 * count + stored
 
 
 @pytest.mark.parametrize("kind", TENSORS)

@@ -132,3 +132,27 @@ def test_on_a_vision_language_model(tmp_path, what):
     save_adapter(tmp_path / "ours", ours, base=str(tmp_path / "base"))
     opened = PeftModel.from_pretrained(base, tmp_path / "ours")
     assert (got - opened(input_ids=tokens).logits).abs().max() < 1e-5
+
+
+TIED_BY_PEFT = {
+    "targets": dict(target_modules=["q_proj", "embed_tokens"]),
+    "whole": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    "rows": dict(target_modules=["q_proj"], trainable_token_indices=[3, 9]),
+}
+
+
+@pytest.mark.parametrize("what", TIED_BY_PEFT)
+def test_what_peft_trained_as_one_opens(tmp_path, what):
+    """With ensure_weight_tying embedding and head stay the same matrix; here they open as two equal ones, or as one."""
+    reference, ours = make_pair(tmp_path / "base", tie_word_embeddings=True)
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", ensure_weight_tying=True, **TIED_BY_PEFT[what])
+    theirs = get_peft_model(copy.deepcopy(reference), config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in trained(theirs).values():
+            p.add_(torch.randn_like(p) * 0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_adapter(ours, tmp_path / "theirs")
+    assert (logits(ours) - logits(theirs)).abs().max() < 1e-5
+    save_adapter(tmp_path / "ours", ours, base="base")
+    assert (logits(PeftModel.from_pretrained(reference, tmp_path / "ours")) - logits(ours)).abs().max() < 1e-5
