@@ -4,12 +4,15 @@ import json
 import random
 
 import pytest
+import torch
 
 from models.llama import PRESETS
 from modules.methods import METHODS
 from recipes import compare_methods
-from recipes.benchmarks.compare_report import LETTER, LINE, place_labels
-from tests.tiny import losses, run_recipe, sums, test_data, write_rows
+from recipes.benchmarks.compare_report import LETTER, LINE, draw, place_labels, table
+from tests.tiny import ROOT, losses, run_recipe, sums, test_data, write_rows
+
+COMMITTED = ROOT / "recipes/benchmarks/compare_methods_quickstart.json"
 
 
 def test_the_quickstart_s_task(tmp_path):
@@ -38,11 +41,8 @@ def test_other_data_and_a_base_of_random_weights(tmp_path, monkeypatch):
     """One after another in this process, as on a GPU; a method that cannot run does not stop the others."""
     shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     monkeypatch.setitem(PRESETS, "tiny", {"vocab_size": 128256, "max_position_embeddings": 256, **shape})
-    monkeypatch.setattr(compare_methods, "in_processes", lambda cfg, base: map_methods(cfg, base))
-
-    def map_methods(cfg, base):
-        return (compare_methods.run_method(cfg, name, base) for name in cfg.methods)
-
+    monkeypatch.setattr(compare_methods, "in_processes", compare_methods.in_turn)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     rows = [{"question": row["prompt"], "answer": row["completion"]} for row in sums(40)]
     done = run_recipe(
         "compare_methods",
@@ -87,3 +87,18 @@ def test_names_cover_no_dot_and_no_other_name():
         for i, a in enumerate(boxes):
             for b in boxes[max(i + 1, 19) :]:
                 assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+def test_the_committed_comparison_is_what_the_readme_shows(tmp_path):
+    results = json.loads(COMMITTED.read_text())
+    assert {row["method"] for row in results["rows"]} <= set(METHODS) and compare_methods.SETTINGS.keys() <= set(
+        METHODS
+    )
+    assert not any("failed" in row for row in results["rows"])
+    seconds = sum(row["processor_seconds"] + row["examination_processor_seconds"] for row in results["rows"])
+    assert seconds / 2 < 600  # on two cores
+    assert table(results) in (ROOT / "recipes/README.md").read_text(encoding="utf-8")
+    draw(results, tmp_path / "picture.svg")
+    assert (tmp_path / "picture.svg").read_text() == (
+        ROOT / "recipes/assets/compare_methods_quickstart.svg"
+    ).read_text()
