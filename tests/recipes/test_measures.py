@@ -62,6 +62,7 @@ MEASURES = {
     "by hand, fast": ("--fused", "--activations", "fast"),
     "by hand, lean": ("--fused", "--activations", "lean"),
     "by hand, offload, packed": ("--fused", "--activations", "offload", "--packing"),
+    "by hand, offload with attention": ("--fused", "--activations", "offload", "--activations-host-gib", "0.0001"),
     "by hand, within a budget": ("--fused", "--activations", "lean", "--activations-gib", "0.0001"),
     "streamed": ("--weights", "stream"),
     "streamed by hand, from disk": ("--weights", "disk", "--fused", "--activations", "offload"),

@@ -139,7 +139,7 @@ def plain(base, tmp_path_factory):
     "flags",
     [
         ("--activations", "none"),
-        ("--fused", "--activations", "offload"),
+        ("--fused", "--activations", "offload", "--activations-host-gib", "1"),
         ("--batch-size", "1", "--grad-accum", "2"),
         ("--quantize", "none", "--activations", "fast", "--fused"),
         ("--weights", "stream"),
