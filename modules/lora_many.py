@@ -107,6 +107,17 @@ class LoRASet:
         self._put(name, settings, tensors, dtype)
         self._tidy()
 
+    def get(self, name: str) -> tuple[dict[str, dict], dict[str, Tensor]]:
+        """An adapter as `add` takes it, its tensors the parameters themselves: to save what was trained."""
+        self._known([name])
+        settings, tensors = {}, {}
+        for path, layer in self.layers.items():
+            if name in layer.scaling:
+                A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+                settings[path] = {"rank": len(A), "alpha": layer.scaling[name] * len(A)}
+                tensors |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+        return settings, tensors
+
     def remove(self, name: str) -> None:
         """Forget an adapter. Layers that no adapter is left for become what they were."""
         self._known([name])
@@ -129,7 +140,8 @@ class LoRASet:
         device = next(self.model.parameters()).device
         rows = {name: [i for i, other in enumerate(names) if other == name] for name in used}
         self.rows.count = len(names)
-        self.rows.groups = [(name, torch.tensor(rows[name], device=device)) for name in used]
+        everywhere = len(used) == 1 and None not in names
+        self.rows.groups = [(n, None if everywhere else torch.tensor(rows[n], device=device)) for n in used]
 
     @contextmanager
     def using(self, names: str | Sequence[str | None] | None) -> Iterator[None]:

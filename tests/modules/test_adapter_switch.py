@@ -10,7 +10,9 @@ from modules.generation import generate
 from modules.lora import add_lora
 from modules.lora_block import why_not
 from modules.methods import METHODS, Options, add_method
-from modules.nf4 import NF4Linear
+from modules.quantize import linear_kind, quantize_blocks
+from modules.token_rows import train_token_rows
+from modules.vocabulary import grow_vocabulary
 from modules.weight_streaming import stream_weights
 from modules.whole_modules import train_whole_modules
 from tests.models.test_llama import load, make_pair
@@ -132,9 +134,20 @@ def test_what_cannot_be_merged_says_so(tmp_path, name):
     assert torch.equal(logits(model), adapted)
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "pissa", "ia3"])
-def test_merging_into_nf4_reports_its_error(tmp_path, name):
-    model = make(tmp_path, name, nf4=True)
+ERRORS = {"nf4": (0.03, 0.15), "int8": (0.002, 0.01), "int4": (0.03, 0.15), "float8": (0.015, 0.04)}
+
+
+@pytest.mark.parametrize(
+    ("name", "base"), [*(("lora", base) for base in ERRORS), ("dora", "nf4"), ("pissa", "nf4"), ("ia3", "int8")]
+)
+def test_merging_into_a_quantised_base_reports_its_error(tmp_path, name, base):
+    if base == "nf4":
+        model = make(tmp_path, name, nf4=True)
+    else:
+        make_pair(tmp_path)
+        model = load(tmp_path)
+        quantize_blocks(model, linear_kind(base))
+        add_method(model, name, Options(rank=4, alpha=8.0))
     move(model)
     adapted, layers = logits(model), adapted_layers(model)
     dense = {path: layer.merged().weight for path, layer in layers.items()}
@@ -142,10 +155,13 @@ def test_merging_into_nf4_reports_its_error(tmp_path, name):
     assert merged.errors.keys() == layers.keys()
     for path, error in merged.errors.items():
         layer, M = model.get_submodule(path), dense[path]
-        assert type(layer) is NF4Linear
+        assert type(layer) is linear_kind(base)
         W = base_layer(layers[path]).dense_weight()
         off = (layer.dense_weight() - M).norm()
-        assert error.of_weight == pytest.approx((off / M.norm()).item(), rel=1e-5) and 0.03 < error.of_weight < 0.15
+        assert (
+            error.of_weight == pytest.approx((off / M.norm()).item(), rel=1e-5)
+            and ERRORS[base][0] < error.of_weight < ERRORS[base][1]
+        )
         assert error.of_change == pytest.approx((off / (M - W).norm()).item(), rel=1e-4)
     assert 1e-3 < (logits(model) - adapted).abs().max()
     merged.unmerge()
@@ -165,6 +181,28 @@ def test_a_tied_head_stays_tied(tmp_path):
     assert (logits(model) - adapted).abs().max() < 1e-4
     merged.unmerge()
     assert model.lm_head.weight is embedding and torch.equal(logits(model), adapted)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_single_rows(tmp_path, tied):
+    """An embedding with a LoRA; new tokens, whose rows the base keeps as they began."""
+    make_pair(tmp_path, tie_word_embeddings=tied)
+    model = load(tmp_path)
+    base = logits(model)
+    add_method(model, "lora", Options(rank=4, targets=("embed_tokens", "q_proj")))
+    rows = load(tmp_path)
+    grow_vocabulary(rows, 99)
+    add_method(rows, "lora", Options(rank=4, targets=("q_proj",)))
+    train_token_rows(rows, [97, 98, 5])
+    for adapted in (model, rows):
+        move(adapted)
+        before = logits(adapted)
+        with adapters_disabled(adapted):
+            assert torch.equal(logits(adapted)[..., :97], base)
+        merged = merge_adapters(adapted)
+        assert (logits(adapted) - before).abs().max() < 1e-4
+        merged.unmerge()
+        assert torch.equal(logits(adapted), before) and not torch.equal(before[..., :97], base)
 
 
 def test_modules_trained_whole_have_no_base(tmp_path):

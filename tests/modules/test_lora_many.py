@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch._dynamo.testing import CompileCounter
 from transformers import LlamaForCausalLM
 
 from checkpointing.adapters import load_adapter, read_adapter
@@ -80,6 +81,8 @@ def test_every_row_is_as_if_alone(folder, nf4):
     for name in "abc":  # the whole batch with one
         adapters.use(name)
         assert torch.equal(outputs(model, tokens()), outputs(singles[name], tokens()))
+        adapters.use([name] * 6)
+        assert torch.equal(outputs(model, tokens()), outputs(singles[name], tokens()))
     adapters.use(None)
     assert torch.equal(outputs(model, tokens()), outputs(singles[None], tokens()))
 
@@ -93,6 +96,17 @@ def test_peft_computes_the_same_batch(folder):
     with adapters.using(rows), torch.no_grad():
         expected = theirs(tokens(4), adapter_names=[row or "__base__" for row in rows]).logits
         assert (outputs(model, tokens(4)) - expected).abs().max() < 1e-5
+
+
+def test_what_was_added_can_be_had_back(folder):
+    _, adapters = make_set(folder)
+    for name in "abc":
+        (settings, tensors), (wanted, saved) = adapters.get(name), read_adapter(folder / name)
+        assert settings.keys() == wanted.keys() and tensors.keys() == saved.keys()
+        for path, setting in settings.items():
+            assert setting["rank"] == wanted[path]["rank"]
+            assert setting["alpha"] == pytest.approx(wanted[path]["alpha"], rel=1e-12)
+        assert all(torch.equal(tensor, saved[key]) for key, tensor in tensors.items())
 
 
 def test_generation_is_token_identical(folder):
@@ -151,6 +165,27 @@ def test_hot_swap(folder):
     with pytest.raises(ValueError, match="no adapter 'x'; there are a"):
         adapters.replace("x", settings, tensors)
     assert torch.equal(outputs(model, tokens()), before)
+
+
+def test_a_swap_of_the_same_rank_compiles_nothing_again(folder):
+    model, adapters = make_set(folder, names="ab")
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model.blocks[0].compile(backend=counter, fullgraph=True)
+    settings, tensors = read_adapter(folder / "a")
+    frames, rows = [], ["a", None, "b", "a", "a", "b"]
+    with torch.no_grad():
+        for factor in (1, 3, 5):
+            swapped = {name: factor * tensor for name, tensor in tensors.items()}
+            adapters.replace("a", settings, swapped)
+            with adapters.using(rows):
+                compiled = outputs(model, tokens())
+            frames.append(counter.frame_count)
+            plain = LoRASet(load(folder / "base").eval())
+            plain.add("a", settings, swapped)
+            plain.use("a")
+            assert (compiled[3] - outputs(plain.model, tokens()[3:4])[0]).abs().max() < 1e-4
+    assert frames[0] == frames[-1] > 0
 
 
 @pytest.mark.parametrize("nf4", [False, True])

@@ -4,14 +4,19 @@ import pytest
 import torch
 
 from data.batches import Batch
+from modules.adapter_switch import adapters_disabled, merge_adapters
 from modules.attention import padded_layout
 from modules.image_tokens import Images, place_images
+from modules.lora import lora_layers
+from modules.lora_many import LoRASet
+from modules.lora_peft import adapter_of
 from modules.loss import linear_cross_entropy
 from modules.methods import METHODS, Options, add_method
 from modules.nf4 import NF4Linear
 from modules.virtual_tokens import virtual_ids
 from tests.models.test_clip_vit import load
 from tests.models.test_llava import IMAGE, make_pair, make_rows
+from tests.modules.every_method import move
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +32,7 @@ def make_batch(model, seed=1):
     ids = torch.tensor([[*virtual_ids(model.language_model), *row]])
     wanted = torch.where((ids >= model.config.vocab_size) | (ids == IMAGE), -100, ids)[0, 1:]
     index = (wanted != -100).nonzero().squeeze(1)
-    sizes = dict(image_token=model.config.image_token, tokens_per_image=model.config.tokens_per_image)
-    images = place_images(ids, pixels, **sizes)
+    images = place_images(ids, pixels, **sizes_of(model))
     return Batch(ids, padded_layout(ids.shape[1]), index, wanted[index]), images
 
 
@@ -77,3 +81,37 @@ def test_trains_and_leaves_the_rest_alone(folder, method):
     swapped = Images(images.pixel_values.flip(0), images.positions)
     shown, other = (loss_of(model, batch, pictures).item() for pictures in (images, swapped))
     assert shown != pytest.approx(other, abs=1e-4)
+
+
+@torch.no_grad()
+def test_set_aside_merged_and_by_row(folder):
+    """Adapters in the vision tower, too; in the language model by row."""
+    base, model = load(folder), load(folder)
+    batch, images = make_batch(base)
+    both = place_images(batch.input_ids.repeat(2, 1), images.pixel_values.repeat(2, 1, 1, 1), **sizes_of(base))
+    expected = base(batch.input_ids, images=images)
+    add_method(model, "lora", Options(rank=4, targets=("q_proj", "up_proj", "fc1")))
+    move(model)
+    adapted = model(batch.input_ids, images=images)
+    with adapters_disabled(model):
+        assert torch.equal(model(batch.input_ids, images=images), expected)
+    merged = merge_adapters(model)
+    assert (model(batch.input_ids, images=images) - adapted).abs().max() < 1e-4
+    merged.unmerge()
+    assert torch.equal(model(batch.input_ids, images=images), adapted) and (adapted - expected).abs().max() > 0.1
+
+    language = {name: layer for name, layer in lora_layers(model).items() if model.part_of(name) == "language"}
+    settings = {name: {"rank": 4, "alpha": 8.0} for name in language}
+    tensors = {f"{name}.{key}": p for name, layer in language.items() for key, p in adapter_of(layer).items()}
+    adapters = LoRASet(load(folder))
+    adapters.add("a", settings, tensors)
+    with adapters.using(["a", None]):
+        mixed = adapters.model(batch.input_ids.repeat(2, 1), images=both)
+    adapters.use("a")
+    alone = adapters.model(batch.input_ids, images=images)
+    assert (mixed[:1] - alone).abs().max() < 1e-5 and (mixed[1:] - expected).abs().max() < 1e-5
+    assert (alone - expected).abs().max() > 0.1
+
+
+def sizes_of(model):
+    return dict(image_token=model.config.image_token, tokens_per_image=model.config.tokens_per_image)
