@@ -78,5 +78,5 @@ def opens(config: dict) -> bool:
 
 
 def load(model: nn.Module, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
-    rows = read_table(model, tensors, model.config.hidden_size)
+    rows = read_table(model, config, tensors, model.config.hidden_size)
     return add_embedding(model, len(rows), Table(rows, dtype))

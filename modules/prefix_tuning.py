@@ -135,5 +135,5 @@ def opens(config: dict) -> bool:
 
 
 def load(model: nn.Module, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
-    table = read_table(model, tensors, len(model.blocks) * 2 * kv_width(model))
+    table = read_table(model, config, tensors, len(model.blocks) * 2 * kv_width(model))
     return put(model, [Table(rows, dtype) for rows in table.chunk(len(model.blocks), dim=1)], len(table))

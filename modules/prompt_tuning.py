@@ -5,8 +5,8 @@
 The frozen model reads P like n words (the paper's Pr(Y | [P; X])). These are n · D numbers: 82 thousand for 20 virtual
 tokens in Llama 3 8B. An adapter of this size can be sent along with a request, and one batch can mix tasks. It learns
 slowly and needs a large model: in the paper it reaches full fine-tuning at 11B parameters and stays behind below
-(Sec. 3.1). Learning rates are high (the paper's 0.3 is Adafactor's; 1e-2 to 1e-1 with AdamW). Each virtual token costs
-a token of compute and of cache, for good.
+(Sec. 3.1). Learning rates are high: the paper's is 0.3 (Adafactor), the quickstart's model likes 0.1 (AdamW). Each
+virtual token costs a token of compute and of cache, for good.
 
 `--prompt-init` says how P begins (Sec. 3.2):
 
@@ -45,5 +45,5 @@ def opens(config: dict) -> bool:
 
 
 def load(model: nn.Module, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
-    rows = read_table(model, tensors, model.config.hidden_size)
+    rows = read_table(model, config, tensors, model.config.hidden_size)
     return add_embedding(model, len(rows), Table(rows, dtype))

@@ -135,10 +135,12 @@ def config_of(model: nn.Module, peft_type: str) -> dict:
     }
 
 
-def read_table(model: nn.Module, tensors: Mapping[str, Tensor], width: int) -> Tensor:
+def read_table(model: nn.Module, config: dict, tensors: Mapping[str, Tensor], width: int) -> Tensor:
     """A saved adapter's one tensor, [n, width]. Raises ValueError if it is another."""
     if list(tensors) != [KEY] or tensors[KEY].ndim != 2 or tensors[KEY].shape[1] != width:
         found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(tensors.items()))
         raise ValueError(f"it does not fit this model: it holds {found or 'nothing'}, expected {KEY} [n, {width}]")
-    check(model, len(tensors[KEY]))
+    check(model, count := len(tensors[KEY]))
+    if config.get("num_virtual_tokens") != count:  # what rows are made by
+        raise ValueError(f"num_virtual_tokens is {config.get('num_virtual_tokens')!r}, but {KEY} has {count} rows")
     return tensors[KEY]

@@ -6,7 +6,7 @@
 
 The same text as lora_finetune.py, but for what is put into the model (5) and its learning rates (7, 9). Each method is
 one file in modules/ that explains it. The result, OUTPUT/adapter, is in PEFT's format where PEFT has the method;
-generate.py and evaluate.py take all of them.
+generate.py and evaluate.py take all of them. Learning rates differ a thousandfold: compare_methods.py lists them.
 """
 
 import sys

@@ -238,6 +238,10 @@ def test_mistakes_are_explained(tmp_path):
     with pytest.raises(ValueError, match="has virtual tokens already"):
         add_method(ours, "prefix", Options())
     save_adapter(tmp_path / "adapter", ours, base="base")
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(config.read_text().replace('"num_virtual_tokens": 4', '"num_virtual_tokens": 5'))
+    with pytest.raises(ValueError, match="num_virtual_tokens is 5, but prompt_embeddings has 4 rows"):
+        load_adapter(load(tmp_path / "base"), tmp_path / "adapter")
     make_pair(tmp_path / "other", hidden_size=40, num_attention_heads=4)
     with pytest.raises(ValueError, match=r"prompt_embeddings \(4, 48\), expected prompt_embeddings \[n, 40\]"):
         load_adapter(load(tmp_path / "other"), tmp_path / "adapter")
