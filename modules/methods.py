@@ -11,6 +11,10 @@ and, where the method needs it,
     prepare_optimizer(model, optimizer)    what it does to gradients before a step
     NEEDS_DENSE = True                     its start is computed from the weights before they are quantised
     VIRTUAL_TOKENS = True                  every row begins with virtual tokens (modules/virtual_tokens.py)
+
+A method replaces modules by ones that take over the frozen parameters. Such a module knows what it stands for, by
+`base_class` (a linear layer) or `base_layer()`, and, where one plain module can do what it does, `merged()`:
+modules/adapter_switch.py and recipes/merge.py ask for no more.
 """
 
 import importlib

@@ -66,7 +66,7 @@ class Combine:
     output: Path
     """Folder to write; it must not exist or be empty."""
     combination: Literal[COMBINATIONS] = "cat"
-    """How; cat and svd are the weighted sum itself."""
+    """How; cat is the weighted sum itself, svd the closest to it of a given rank."""
     rank: int | None = None
     """Of the result, for svd and its kin; default: the largest of the adapters'."""
     density: float | None = None

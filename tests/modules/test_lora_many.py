@@ -15,6 +15,7 @@ from modules.generation import generate
 from modules.lora_block import why_not
 from modules.lora_many import LoRASet
 from modules.nf4 import NF4Linear, quantize_nf4
+from modules.weight_streaming import stream_weights
 from tests.models.test_llama import load, make_pair
 from tests.modules.peft_methods import loss_of
 
@@ -24,6 +25,7 @@ ADAPTERS = {
     "c": dict(r=2, lora_alpha=5, target_modules=["up_proj", "lm_head"], rank_pattern={"layers.1.mlp.up_proj": 6}),
 }
 ROWS = ["a", None, "b", "c", "a", "b"]
+ROWS_OF_TWO = ["a", None, "b", "a", "a", "b"]
 
 
 @pytest.fixture(scope="module")
@@ -167,18 +169,34 @@ def test_hot_swap(folder):
     assert torch.equal(outputs(model, tokens()), before)
 
 
+def test_over_streamed_weights(folder):
+    """The blocks' weights come and go by name, whatever layer has them."""
+    model = load(folder / "base").requires_grad_(False).eval()
+    stream_weights(model, torch.device("cpu"))
+    adapters = LoRASet(model)
+    for name in "ab":
+        adapters.add(name, *read_adapter(folder / name))
+    plain, expected = make_set(folder, names="ab")
+    with torch.no_grad(), adapters.using(ROWS_OF_TWO), expected.using(ROWS_OF_TWO):
+        assert torch.equal(outputs(model, tokens()), outputs(plain, tokens()))
+    for name in "ab":
+        adapters.remove(name)
+    with torch.no_grad():
+        assert torch.equal(outputs(model, tokens()), outputs(alone(folder, None), tokens()))
+
+
 def test_a_swap_of_the_same_rank_compiles_nothing_again(folder):
     model, adapters = make_set(folder, names="ab")
     torch._dynamo.reset()
     counter = CompileCounter()
     model.blocks[0].compile(backend=counter, fullgraph=True)
     settings, tensors = read_adapter(folder / "a")
-    frames, rows = [], ["a", None, "b", "a", "a", "b"]
+    frames = []
     with torch.no_grad():
         for factor in (1, 3, 5):
             swapped = {name: factor * tensor for name, tensor in tensors.items()}
             adapters.replace("a", settings, swapped)
-            with adapters.using(rows):
+            with adapters.using(ROWS_OF_TWO):
                 compiled = outputs(model, tokens())
             frames.append(counter.frame_count)
             plain = LoRASet(load(folder / "base").eval())

@@ -168,6 +168,15 @@ def test_convert_to_a_smaller_rank_and_dtype(base, tmp_path):
     assert (logits(in_peft(base, tmp_path / "small")) - logits(in_peft(base, tmp_path / "adapter"))).abs().max() < 0.1
 
 
+def test_what_is_trained_whole_goes_along(base, tmp_path):
+    """Beside a DoRA, whose layers all have the rank that stands for them."""
+    model = make(base, tmp_path / "adapter", "dora", whole=["lm_head", "model.norm"])
+    flags = ("--adapter", tmp_path / "adapter", "--model", base, "--output", tmp_path / "lora", "--rank", "64")
+    report = json.loads(run("convert", *flags).stdout)
+    assert report["relative_error"] < 1e-5 and report["ranks"] == [16, 32]
+    assert (logits(in_peft(base, tmp_path / "lora")) - logits(model)).abs().max() < 1e-5
+
+
 def delta_of(folder):
     """Of a folder with modules trained whole beside."""
     tensors = load_file(folder / "adapter_model.safetensors")
