@@ -53,7 +53,7 @@ class Config:
     output: Path = Path("benchmark.json")
     """Results; added to if it exists."""
     parts: tuple[Part, ...] = get_args(Part)
-    """ceilings: what the hardware can do. speed: every rung at five shapes. peers: transformers + peft at these shapes.
+    """ceilings: what the hardware can do. speed: every rung at five shapes. peers: other tools at these shapes.
     rungs: do all of them train alike? longest: memory against sequence length. small: 8B and 70B under small caps.
     full: every weight trained. vlm: LLaVA-1.5-7B, an image in each row."""
     only: tuple[str, ...] = ()
@@ -135,13 +135,16 @@ def measure_speed(cfg: Config, machine: Machine, results: Results) -> None:
 
 
 def measure_peers(cfg: Config, machine: Machine, results: Results) -> None:
-    for row in wanted(COLUMNS, cfg, machine):
-        if missing := peers.missing(row):
-            print(f"peers: {row.column}: skipped, not installed: {', '.join(missing)}", flush=True)
-            continue
-        figures = attempt(machine, peers.train, row, machine, steps=cfg.steps)
-        results.add("peers", peers.settings(row), figures)
-        print(f"peers: {row.column}, transformers + peft: {in_short(figures)}", flush=True)
+    """Each tool in a process of its own, where what it needs is installed."""
+    for key, peer in peers.PEERS.items():
+        columns = [row for row in COLUMNS if is_wanted(f"{row.column}, {peer.name}", cfg)]
+        ready = [row for row in columns if not peers.missing(peer, row)]
+        if skipped := [row for row in columns if row not in ready]:
+            without = ", ".join(peers.missing(peer, skipped[-1]))
+            print(f"peers: {peer.name}: {len(skipped)} of {len(columns)} skipped, not installed: {without}", flush=True)
+        for row, figures in peers.measure(key, shrink(ready, machine), machine, steps=cfg.steps):
+            results.add("peers", peers.settings(peer, row), figures)
+            print(f"peers: {row.column}, {peer.name}: {in_short(figures)}", flush=True)
 
 
 def measure_rungs(cfg: Config, machine: Machine, results: Results) -> None:
@@ -225,7 +228,7 @@ def measure_vlm(cfg: Config, machine: Machine, results: Results) -> None:
     options |= dict(embedding=cfg.embedding, head=cfg.quantize_head)
     for settings, measurement in vlm.measurements(machine, **options):
         name = settings["name"]
-        if not cfg.only or any(o.replace("×", "x") in name.replace("×", "x") for o in cfg.only):
+        if is_wanted(name, cfg):
             figures = attempt(machine, measurement)
             results.add("vlm", settings, figures)
             idle = f", GPU idle {figures['idle_share']:.1%}" if "idle_share" in figures else ""
@@ -250,9 +253,11 @@ PARTS: dict[Part, Callable[[Config, Machine, Results], None]] = {
 
 def wanted(rows, cfg: Config, machine: Machine) -> list[Row]:
     """The rows that --only leaves, as this machine runs them."""
-    named = {row: f"{row.column}, {row.way}".replace("×", "x") for row in rows}
-    chosen = [row for row, name in named.items() if not cfg.only or any(o.replace("×", "x") in name for o in cfg.only)]
-    return shrink(chosen, machine)
+    return shrink([row for row in dict.fromkeys(rows) if is_wanted(f"{row.column}, {row.way}", cfg)], machine)
+
+
+def is_wanted(name: str, cfg: Config) -> bool:
+    return not cfg.only or any(text.replace("×", "x") in name.replace("×", "x") for text in cfg.only)
 
 
 def shrink(rows, machine: Machine) -> list[Row]:

@@ -121,7 +121,8 @@ def _speed(data: dict) -> str:
             fields = {name: value for name, value in settings.items() if name in Row.__dataclass_fields__}
             described = Row(**fields | ({"rank": 16} if part == "peers" else {}))
             versions = settings.get("versions", {})
-            way = " + ".join(f"{name} {versions[name]}" for name in versions if name != "bitsandbytes") or described.way
+            named = [name for name in settings.get("peer", "").split(" + ") if name]
+            way = " + ".join(f"{name} {versions[name]}" for name in named) or described.way
             cell = row.get("failed")
             if not cell:
                 share = f" ({row['percent_of_ceiling']:.0f} %)" if "percent_of_ceiling" in row else ""

@@ -42,6 +42,7 @@ LENGTHS = (32768, 65536)  # for the straight line through memory
 LONGEST_CAP_GIB = 24.0
 SMALL_CAP_GIB = 8.0
 LOADING_STEPS = 43
+PEER = peers.PEERS["peft"]
 FILES, PIXELS = 64, (1152, 896)  # a megapixel each
 TINY_LENGTHS = {LENGTH: 32, TARGETS: 8, LENGTHS[0]: 64, LENGTHS[1]: 128}
 TINY_VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
@@ -69,10 +70,10 @@ def measurements(
         for way in ways:
             yield settings("speed", way), lambda way=way: build_and_train(way, machine, steps=steps)
     for row in (lora, qlora):
-        if missing := peers.missing(row):
+        if missing := peers.missing(PEER, row):
             print(f"vlm: {row.column}: peers skipped, not installed: {', '.join(missing)}", flush=True)
             continue
-        described = {"measurement": "peers", "name": f"{row.column}, transformers + peft"} | peers.settings(row)
+        described = {"measurement": "peers", "name": f"{row.column}, {PEER.name}"} | peers.settings(PEER, row)
         yield described, lambda row=row: train_peer(row, machine, steps=steps)
     small = replace(qlora, activations="offload", cap_gib=SMALL_CAP_GIB)
     yield settings("small", small), lambda: build_and_train(small, machine, steps=steps)

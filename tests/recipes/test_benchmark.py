@@ -1,8 +1,9 @@
 """recipes/benchmark.py: a dry run of every part on two-layer models, and what is computed from the measurements."""
 
 import json
+import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from models import build_model
 from models.llama import LlamaConfig
 from recipes import benchmark
-from recipes.benchmarks import card, measure, report, vlm
+from recipes.benchmarks import card, measure, peers, report, vlm
 from recipes.benchmarks.measure import Machine, Row
 from tests.tiny import run_recipe
 
@@ -49,7 +50,8 @@ def test_every_part_runs_on_the_cpu(dry):
     assert data["machine"]["tiny"] and "python recipes/benchmark.py" in data["runs"][0]["command"]
     assert "| offload, hand-written |" in done.stdout and "| fast, hand-written |" in done.stdout
     assert "speed: 8B QLoRA 2×32, offload + 0.001 GiB, hand-written" in done.stdout
-    assert "peers: 8B LoRA" not in done.stdout and "transformers" in done.stdout
+    assert "peers: 8B LoRA" not in done.stdout and "peers: 1B LoRA 4×32, transformers + peft: " in done.stdout
+    assert "| transformers " in done.stdout and " + peft " in done.stdout
 
 
 def test_rungs_train_alike(dry):
@@ -198,6 +200,68 @@ def test_fit_line_is_least_squares():
 
 def test_seconds_per_call():
     assert 0.002 <= card.seconds_per_call(lambda: time.sleep(0.002), CPU.device, at_least=0.05) < 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other tools
+
+
+def test_a_tool_that_is_not_installed_is_skipped_with_one_line(tmp_path, monkeypatch):
+    for key, peer in peers.PEERS.items():
+        monkeypatch.setitem(peers.PEERS, key, replace(peer, needs=("no-such-package",)))
+    peft = replace(peers.PEERS["peft"], needs=(), needs_for_nf4=("no-such-package",))
+    monkeypatch.setitem(peers.PEERS, "peft", peft)
+    data, done = run(tmp_path / "results.json", "--parts", "peers", "--only", "8B QLoRA", "torchtune")
+    assert "peers" not in data
+    lines = [line for line in done.stdout.splitlines() if line.startswith("peers: ")]
+    assert lines[0] == "peers: transformers + peft: 2 of 2 skipped, not installed: no-such-package"
+    assert lines[-1].startswith("peers: torchtune: 5 of 5 skipped, not installed: ")
+    assert len(lines) == len(peers.PEERS)
+
+
+def test_a_tool_makes_one_model_for_the_columns_that_can_use_it(monkeypatch):
+    """And a tool's error, of whatever kind, is the row's; the next is trained."""
+    built = []
+
+    def build(row, machine):
+        built.append((row.preset, row.quantize, row.length))
+        if row.quantize == "nf4":
+            raise ModuleNotFoundError("no kernels\nfor this card")
+        model = torch.nn.Linear(1, 1, bias=False)
+        return model, lambda ids: (model.weight * ids.numel()).sum()
+
+    rows = benchmark.shrink(benchmark.COLUMNS, CPU)
+    figures = list(peers.train_all(peers.Peer("one", build), rows, CPU, steps=2))
+    assert built == [("llama-3.1-8b", "none", 128), ("llama-3.1-8b", "nf4", 128), ("llama-3.2-1b", "none", 32)]
+    assert [f.get("failed") for f in figures] == [None, None] + ["ModuleNotFoundError: no kernels"] * 2 + [None]
+    first, second = figures[0]["losses"], figures[1]["losses"]
+    # AdamW takes 1e-4 off the weight with every step; the second column goes on where the first ended.
+    assert first[0] - first[1] == pytest.approx(64 * 1e-4, abs=2e-6)
+    assert second[0] / 128 == pytest.approx(first[1] / 64 - 1e-4, abs=1e-6)
+    assert figures[4]["flops_per_token"] == measure.flops_per_token(
+        rows[4], LlamaConfig.from_dict(CPU.config("llama-3.2-1b"))
+    )
+
+
+def test_a_process_that_dies_costs_only_its_rows(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    rows = benchmark.shrink(benchmark.COLUMNS[:2], CPU)
+    assert list(peers.measure("liger", rows, CPU, steps=1)) == [
+        (row, {"failed": "the process ended with 1"}) for row in rows
+    ]
+
+
+def test_tables_say_which_tool_in_which_version():
+    settings = {"preset": "llama-3.1-8b", "batch": 2, "length": 2048, "quantize": "nf4", "rank": 16}
+    versions = {"transformers": "5.17.0", "peft": "0.21.2", "liger-kernel": "0.8.5", "bitsandbytes": "0.50.2"}
+    tools = {"transformers + peft": 7549.0, "transformers + peft + liger-kernel": 8794.0}
+    rows = [
+        {"settings": settings | {"peer": tool, "versions": versions}, "tokens_per_second": speed, "peak_gib": 7.4}
+        for tool, speed in tools.items()
+    ]
+    table = report.tables({"machine": {"device": "a card"}, "runs": [{"date": "today"}], "peers": rows})
+    assert "| transformers 5.17.0 + peft 0.21.2 | 7,549 / 7.4 |" in table
+    assert "| transformers 5.17.0 + peft 0.21.2 + liger-kernel 0.8.5 | 8,794 / 7.4 |" in table
 
 
 @pytest.mark.gpu
