@@ -278,6 +278,7 @@ def jpeg_batches(model: nn.Module, row: Row, machine: Machine, folder: Path) -> 
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     images = ImageFiles(load_image_processor(folder, model_config(machine)), "random rows", folder)
     for i in range(files):
+        images.check(f"{i}.jpg")
         images.add((f"{i}.jpg",), i + 1)
     length, targets = (TINY_LENGTHS[n] if machine.tiny else n for n in (row.length, TARGETS))
     return Batches(random_rows(model, files, length, targets, images), batch_size=row.batch, shuffle=True)
