@@ -26,7 +26,7 @@ def table(results: dict) -> str:
     """All methods as markdown, the best first."""
     matches, gpu = has_matches(results), "gpu" in results["machine"]
     head = ["method", "learning rate", "trained", *(["exact match"] if matches else []), "held-out loss"]
-    head += ["peak memory", *(["tokens/s"] if gpu else ["processor time"])]
+    head += ["peak memory", *(["target tokens/s"] if gpu else ["processor time"])]
     done = [row for row in results["rows"] if "failed" not in row]
     done.sort(key=lambda row: (-row.get("exact_match", 0), row["eval_loss"]))
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
