@@ -194,9 +194,7 @@ def combine_folders(cfg: Combine) -> dict:
     bases = [config.get("base_model_name_or_path") for config in configs]
     if len(set(bases)) > 1:
         say(f"the adapters name different bases, {', '.join(map(str, bases))}: the result is for the first")
-    targets = [config.get("target_modules") for config in configs]
-    same = all(sorted(t) == sorted(targets[0]) for t in targets)
-    write(cfg.output, cfg.adapters[0], settings, tensors, targets[0] if same else sorted(settings), DTYPES[cfg.dtype])
+    write(cfg.output, cfg.adapters[0], settings, tensors, targets_of(configs, settings), DTYPES[cfg.dtype])
     return {"combination": cfg.combination, "weights": cfg.weights} | sizes(settings)
 
 
@@ -206,6 +204,8 @@ def combine_folders(cfg: Combine) -> dict:
 
 def convert_folder(cfg: Convert) -> dict:
     check_vacant(cfg.output)
+    if cfg.rank is not None and cfg.rank < 1:
+        raise ValueError(f"--rank {cfg.rank} must be at least 1")
     config, tensors = read_folder(cfg.adapter)
     method, device, errors = method_of(config), pick_device(cfg.device), {}
     beside = {key: t for key, t in tensors.items() if not any(word in key for word in (".lora_", "vera_", ".ia3_"))}
@@ -235,7 +235,7 @@ def convert_folder(cfg: Convert) -> dict:
         new |= zip(keys, (factor.cpu() for factor in change), strict=True)
     dtype = next(iter(tensors.values())).dtype if cfg.dtype == "auto" else DTYPES[cfg.dtype]
     fields = {key: config[key] for key in BESIDE if config.get(key)}
-    write(cfg.output, cfg.adapter, settings, new, config["target_modules"], dtype, beside, fields)
+    write(cfg.output, cfg.adapter, settings, new, targets_of([config], settings), dtype, beside, fields)
     report = {"method": method, "to": "lora", "exact": not errors} | sizes(settings)
     if errors:
         kinds = defaultdict(list)
@@ -288,6 +288,14 @@ def write(
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
     say(f"adapter in {output}")
+
+
+def targets_of(configs: list[dict], settings: dict[str, dict]) -> list[str] | str:
+    """What PEFT must be told to adapt these modules: what it was told, where that is one thing, or their full names."""
+    told = [config.get("target_modules") for config in configs]
+    narrowed = any(config.get(key) for config in configs for key in ("layers_to_transform", "exclude_modules"))
+    same = all(isinstance(t, str | list) and sorted(t) == sorted(told[0]) for t in told)
+    return told[0] if same and not narrowed else sorted(settings)
 
 
 def sizes(settings: dict[str, dict]) -> dict:

@@ -221,6 +221,20 @@ def test_combine(base, tmp_path):
     assert got.keys() == wanted.keys() and all(torch.equal(got[key], wanted[key].bfloat16()) for key in got)
 
 
+def test_layers_that_peft_was_told_by_number(base, tmp_path):
+    """`layers_to_transform` narrows what target_modules say: the result names its modules in full."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[1], init_lora_weights=False)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    theirs.save_pretrained(tmp_path / "a")
+    run("convert", "--adapter", tmp_path / "a", "--output", tmp_path / "converted")
+    run("combine", "--adapters", tmp_path / "a", "--weights", "1", "--output", tmp_path / "combined")
+    for name in ("converted", "combined"):
+        opened = in_peft(base, tmp_path / name)
+        adapted = [path for path, layer in opened.named_modules() if hasattr(layer, "lora_A")]
+        assert adapted == ["base_model.model.model.layers.1.self_attn.q_proj"]
+        assert (logits(opened) - logits(theirs)).abs().max() < 1e-5
+
+
 def test_mistakes_are_one_line(base, tmp_path):
     make(base, tmp_path / "a", "lora")
     make(base, tmp_path / "dora", "dora")
@@ -234,6 +248,7 @@ def test_mistakes_are_one_line(base, tmp_path):
         ),
         (("combine", "--adapters", a, a, "--weights", "1", "1", "--output", a), "exists already"),
         (("convert", "--adapter", a, "--output", a), "exists already"),
+        (("convert", "--adapter", a, "--rank", "-1", "--output", tmp_path / "x"), "--rank -1"),
         (("merge", "--adapter", a, "--model", base, "--output", a), "exists already"),
     ]:
         done = run(*arguments, check=False)
