@@ -18,7 +18,7 @@ rank-r products) is one pass over memory away. What is kept is the caller's choi
 The feed-forward runs over tiles of tokens, and attention over groups of heads, so that what is alive inside a block
 grows with neither gate and up (57 KB per token) nor the float32 workspace of attention's backward (32 KB).
 
-This covers blocks of `models/llama.py` whose seven linear layers are nn.Linear, NF4Linear or LoRALinear over one of
+This covers blocks of `models/llama.py` whose seven linear layers are nn.Linear, quantised or LoRALinear over one of
 them, frozen but for the adapters, with SiLU, without biases and dropout; `why_not` says what else a model has.
 
 B batch, T tokens (B · T where flat), D model, N query heads, K key/value heads, H head dim, F feed-forward.
