@@ -138,6 +138,9 @@ def measure_peers(cfg: Config, machine: Machine, results: Results) -> None:
     """Each tool in a process of its own, where what it needs is installed."""
     for key, peer in peers.PEERS.items():
         columns = [row for row in COLUMNS if is_wanted(f"{row.column}, {peer.name}", cfg)]
+        if columns and peer.needs_cuda and not machine.on_cuda:
+            print(f"peers: {peer.name}: skipped, its kernels need CUDA", flush=True)
+            continue
         ready = [row for row in columns if not peers.missing(peer, row)]
         if skipped := [row for row in columns if row not in ready]:
             without = ", ".join(peers.missing(peer, skipped[-1]))

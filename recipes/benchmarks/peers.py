@@ -17,6 +17,7 @@ model once for all columns that can use it and prints a line of JSON per row:
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,7 @@ class Peer:
     needs: tuple[str, ...] = ()
     """What else must be installed."""
     needs_for_nf4: tuple[str, ...] = ("bitsandbytes",)
+    needs_cuda: bool = False
 
     def packages(self, row: Row) -> list[str]:
         return [*self.name.split(" + "), *self.needs, *(self.needs_for_nf4 if row.quantize == "nf4" else ())]
@@ -123,6 +125,7 @@ def with_liger(row: Row, machine: Machine) -> Trained:
 
 def with_unsloth(row: Row, machine: Machine) -> Trained:
     """Its from_pretrained wants a folder: a temporary one, with random weights and a tokenizer of four words."""
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir(), "unsloth_compiled_cache")))
     from unsloth import FastLanguageModel  # isort: skip  # before transformers: it says so
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -235,8 +238,10 @@ def quantize_blocks(blocks: Iterable[nn.Module], machine: Machine) -> None:
 
 PEERS = {
     "peft": Peer("transformers + peft", with_peft),
-    "liger": Peer("transformers + peft + liger-kernel", with_liger),
-    "unsloth": Peer("unsloth", with_unsloth, needs=("unsloth_zoo", "transformers", "peft", "bitsandbytes")),
+    "liger": Peer("transformers + peft + liger-kernel", with_liger, needs_cuda=True),
+    "unsloth": Peer(
+        "unsloth", with_unsloth, needs=("unsloth_zoo", "transformers", "peft", "bitsandbytes"), needs_cuda=True
+    ),
     "torchtune": Peer("torchtune", with_torchtune, needs=("torchao",), needs_for_nf4=()),
 }
 

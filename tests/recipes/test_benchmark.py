@@ -211,11 +211,16 @@ def test_a_tool_that_is_not_installed_is_skipped_with_one_line(tmp_path, monkeyp
         monkeypatch.setitem(peers.PEERS, key, replace(peer, needs=("no-such-package",)))
     peft = replace(peers.PEERS["peft"], needs=(), needs_for_nf4=("no-such-package",))
     monkeypatch.setitem(peers.PEERS, "peft", peft)
+    for key in ("liger", "unsloth"):
+        assert peers.PEERS[key].needs_cuda
+    monkeypatch.setitem(peers.PEERS, "unsloth", replace(peers.PEERS["unsloth"], needs_cuda=False))
     data, done = run(tmp_path / "results.json", "--parts", "peers", "--only", "8B QLoRA", "torchtune")
     assert "peers" not in data
     lines = [line for line in done.stdout.splitlines() if line.startswith("peers: ")]
     assert lines[0] == "peers: transformers + peft: 2 of 2 skipped, not installed: no-such-package"
-    assert lines[-1].startswith("peers: torchtune: 5 of 5 skipped, not installed: ")
+    assert lines[1] == "peers: transformers + peft + liger-kernel: skipped, its kernels need CUDA"
+    assert lines[2].startswith("peers: unsloth: 2 of 2 skipped, not installed: ")
+    assert lines[3].startswith("peers: torchtune: 5 of 5 skipped, not installed: ")
     assert len(lines) == len(peers.PEERS)
 
 
