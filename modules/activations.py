@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from modules.activation_offload import ActivationOffload
 from modules.compile import compile_blocks
-from modules.lora_block import FusedBlocks
+from modules.fused_blocks import FusedBlocks
 from modules.weight_streaming import NEEDS_RECOMPUTATION
 
 RUNGS = ("none", "fast", "lean", "offload")

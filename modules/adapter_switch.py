@@ -18,7 +18,7 @@ A merged model pays nothing for its adapter. It keeps the original weights, on t
 price of an exact return; of a quantised base they are the small part. Such a base becomes dense by merging, or with
 `requantize` is quantised anew, and what that does to each layer is measured.
 
-The hand-written blocks (modules/lora_block.py) leave a block whose layers were exchanged to the plain modules.
+The hand-written blocks (modules/fused_blocks.py) leave a block whose layers were exchanged to the plain modules.
 """
 
 from collections.abc import Iterator

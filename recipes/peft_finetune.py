@@ -42,8 +42,8 @@ from modules.attention import choose_attention, describe_attention, use_attentio
 from modules.compile import enable_compile
 from modules.device import DTYPES, describe_device, make_deterministic, peak_memory_gib, pick_device, pick_dtype
 from modules.evaluation import evaluate_loss, sample_completion
+from modules.fused_blocks import disagreement, why_not
 from modules.host_embedding import keep_embedding_on_host
-from modules.lora_block import disagreement, why_not
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory
 from modules.methods import METHODS, Options, add_method, find_method

@@ -22,9 +22,9 @@ from models import build_model
 from models.llama import PRESETS
 from modules.activations import keep_activations
 from modules.attention import choose_attention, padded_layout
+from modules.fused_blocks import why_not
 from modules.host_embedding import keep_embedding_on_host
 from modules.lora import add_lora
-from modules.lora_block import why_not
 from modules.loss import linear_cross_entropy
 from modules.optim import build_optimizer
 from modules.step_in_backward import step_in_backward

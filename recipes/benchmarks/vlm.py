@@ -26,9 +26,9 @@ from models import build_model
 from models.llava import PRESETS
 from modules.activations import keep_activations
 from modules.attention import choose_attention, padded_layout, use_attention
+from modules.fused_blocks import why_not
 from modules.host_embedding import keep_embedding_on_host
 from modules.lora import ALL_LINEAR, add_lora
-from modules.lora_block import why_not
 from modules.loss import IGNORE_INDEX, linear_cross_entropy
 from modules.optim import build_optimizer
 from modules.weight_streaming import StreamedWeights, stream_weights

@@ -7,7 +7,7 @@ import torch
 
 from data.batches import SequenceLayout
 from models import build_model
-from modules import compile, lora_block
+from modules import compile, fused_blocks, lora_block
 from modules.activations import RUNGS, keep_activations
 from modules.attention import packed_layout, padded_layout
 from modules.lora import ALL_LINEAR, add_lora, lora_layers
@@ -113,7 +113,7 @@ def test_gradcheck_of_the_hand_written_block(keep, packed, monkeypatch):
     x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
     adapters = [p for p in block.parameters() if p.requires_grad]
 
-    fused = lora_block.FusedBlocks(model)
+    fused = fused_blocks.FusedBlocks(model)
 
     def run(x, *_):
         return fused.run(block, x, cos, sin, layout, keep=keep, bind=lambda block: None)
@@ -176,13 +176,13 @@ def test_every_and_budget_choose_blocks(monkeypatch):
     ids, layout = ids_and_layout(False)
     model = make_model()
     kept = []
-    original = lora_block.FusedBlocks.run
+    original = fused_blocks.FusedBlocks.run
 
     def spy(*args, keep, bind):
         kept.append(keep)
         return original(*args, keep=keep, bind=bind)
 
-    monkeypatch.setattr(lora_block.FusedBlocks, "run", spy)
+    monkeypatch.setattr(fused_blocks.FusedBlocks, "run", spy)
     keep_activations(model, "lean", every=2, fused=True)
     loss_and_gradients(model, layout, ids)
     assert kept == ["lean", "fast", "lean"]
@@ -199,12 +199,12 @@ def test_every_and_budget_choose_blocks(monkeypatch):
 
 
 def test_what_the_hand_written_block_does_not_cover():
-    assert lora_block.why_not(make_model()) is None
-    assert "dropout" in lora_block.why_not(with_dropout())
-    assert "bias" in lora_block.why_not(make_model(attention_bias=True))
-    assert "SiLU" in lora_block.why_not(make_model(hidden_act="gelu"))
-    assert "trained" in lora_block.why_not(make_model().requires_grad_(True))
-    assert "adapter" in lora_block.why_not(make_model(("layers.1.self_attn.q_proj",)))
+    assert fused_blocks.why_not(make_model()) is None
+    assert "dropout" in fused_blocks.why_not(with_dropout())
+    assert "bias" in fused_blocks.why_not(make_model(attention_bias=True))
+    assert "SiLU" in fused_blocks.why_not(make_model(hidden_act="gelu"))
+    assert "trained" in fused_blocks.why_not(make_model().requires_grad_(True))
+    assert "adapter" in fused_blocks.why_not(make_model(("layers.1.self_attn.q_proj",)))
 
 
 def with_dropout():
@@ -224,9 +224,9 @@ def test_bad_settings():
 
 def test_a_changed_model_is_noticed(monkeypatch):
     model = make_model(nf4=True)
-    assert lora_block.disagreement(model) is None
+    assert fused_blocks.disagreement(model) is None
     monkeypatch.setattr(type(model.blocks[0].mlp), "forward", lambda self, x: self.down_proj(self.up_proj(x).relu()))
-    assert "another output" in lora_block.disagreement(model)
+    assert "another output" in fused_blocks.disagreement(model)
 
 
 def test_streamed_weights_must_be_computed_again():

@@ -6,9 +6,9 @@ from torch._dynamo.testing import CompileCounter
 
 from modules.activations import keep_activations
 from modules.adapter_switch import adapted_layers, adapters_disabled, base_layer, merge_adapters
+from modules.fused_blocks import why_not
 from modules.generation import generate
 from modules.lora import add_lora
-from modules.lora_block import why_not
 from modules.methods import METHODS, Options, add_method
 from modules.quantize import linear_kind, quantize_blocks
 from modules.token_rows import train_token_rows

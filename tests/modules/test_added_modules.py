@@ -6,8 +6,8 @@ import torch
 from checkpointing.training_state import load_training_state, save_training_state
 from modules.activations import keep_activations
 from modules.attention import packed_layout
+from modules.fused_blocks import why_not
 from modules.generation import generate
-from modules.lora_block import why_not
 from modules.methods import Options, add_method
 from modules.nf4 import quantize_nf4
 from modules.optim import build_optimizer

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 
 from checkpointing.adapters import load_adapter
 from modules.dora import DoRALinear
+from modules.fused_blocks import why_not
 from modules.lora import lora_layers
-from modules.lora_block import why_not
 from modules.methods import Options, add_method
 from modules.nf4 import NF4Linear
 from tests.models.test_llama import make_pair

@@ -9,7 +9,7 @@ import torch
 from checkpointing.training_state import load_training_state, save_training_state
 from modules.activations import RUNGS, keep_activations
 from modules.attention import packed_layout
-from modules.lora_block import disagreement, why_not
+from modules.fused_blocks import disagreement, why_not
 from modules.methods import METHODS
 from tests.modules.every_method import OWN_START, base_of, inner, make, move, optimizer_of
 from tests.modules.peft_methods import behind_virtual, ids, logits, loss_of, train, trained

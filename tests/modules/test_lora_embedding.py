@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from checkpointing.adapters import load_adapter, save_adapter
 from modules.activations import keep_activations
+from modules.fused_blocks import why_not
 from modules.host_embedding import keep_embedding_on_host
 from modules.lora import add_lora, lora_layers, merge_lora
-from modules.lora_block import why_not
 from modules.lora_embedding import LoRAEmbedding, lora_embeddings
 from modules.methods import Options, add_method
 from modules.optim import build_optimizer

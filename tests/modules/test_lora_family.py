@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.lora_block import disagreement, why_not
+from modules.fused_blocks import disagreement, why_not
 from tests.models.test_llama import make_pair
 from tests.modules.every_method import make, optimizer_of
 from tests.modules.peft_methods import ids, logits, loss_of, train, trained

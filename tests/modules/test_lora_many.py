@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 from checkpointing.adapters import load_adapter, read_adapter
 from modules.activations import keep_activations
 from modules.adapter_switch import adapters_disabled
+from modules.fused_blocks import why_not
 from modules.generation import generate
-from modules.lora_block import why_not
 from modules.lora_many import LoRASet
 from modules.nf4 import NF4Linear, quantize_nf4
 from modules.weight_streaming import stream_weights

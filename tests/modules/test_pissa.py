@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from checkpointing.adapters import load_adapter, read_adapter, read_folder, save_adapter
+from modules.fused_blocks import disagreement, why_not
 from modules.lora import lora_layers
-from modules.lora_block import disagreement, why_not
 from modules.methods import Options, add_method
 from modules.nf4 import NF4Linear, dequantize_nf4, quantize_nf4_tensor
 from tests.models.test_llama import load, make_pair

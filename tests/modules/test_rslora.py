@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from modules.fused_blocks import disagreement, why_not
 from modules.lora import LoRALinear, lora_layers
-from modules.lora_block import disagreement, why_not
 from modules.methods import Options, add_method
 from modules.rslora import RSLoRALinear
 from tests.models.test_llama import make_pair

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from checkpointing.adapters import load_adapter, save_adapter
+from modules.fused_blocks import disagreement, why_not
 from modules.host_embedding import keep_embedding_on_host
 from modules.lora import merge_lora
-from modules.lora_block import disagreement, why_not
 from modules.methods import Options, add_method
 from modules.nf4 import NF4Linear
 from modules.token_rows import train_token_rows

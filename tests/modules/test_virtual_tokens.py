@@ -8,9 +8,9 @@ from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTunin
 
 from checkpointing.adapters import load_adapter, save_adapter
 from modules.attention import padded_layout
+from modules.fused_blocks import why_not
 from modules.generation import generate
 from modules.host_embedding import keep_embedding_on_host
-from modules.lora_block import why_not
 from modules.methods import Options, add_method
 from modules.virtual_tokens import Table, VirtualEmbedding, virtual_ids
 from tests.models.test_llama import load, make_pair

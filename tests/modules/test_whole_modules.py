@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from checkpointing.adapters import load_adapter, save_adapter
-from modules.lora_block import disagreement, why_not
+from modules.fused_blocks import disagreement, why_not
 from modules.methods import Options, add_method
 from modules.nf4 import quantize_nf4
 from modules.vocabulary import is_tied
