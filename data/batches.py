@@ -10,6 +10,7 @@ B rows, T tokens, N target positions.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -148,6 +149,10 @@ class Batches:
         """Every row once: for evaluation."""
         for _, _, micro_batches in self._collated((0, i, [rows]) for i, rows in enumerate(self.plan(0))):
             yield from micro_batches
+
+    def first(self, steps: int) -> Iterator[Batch]:
+        """The micro-batches of the training's first steps."""
+        return (batch for _, _, micro_batches in islice(self.steps(), steps) for batch in micro_batches)
 
     def _collated(self, steps: Iterator[tuple[int, int, Plan]]) -> Iterator[tuple[int, int, list[Batch]]]:
         """Each (epoch, step, its plan) with batches for the plan; their images are decoded ahead."""

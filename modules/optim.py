@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules."""
+"""What is trained: optimizers and learning-rate schedules."""
 
 import math
 
@@ -25,6 +25,12 @@ def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, t
     return peak
 
 
+def describe_trained(model: nn.Module) -> str:
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return f"training {trained:,} of {sum(p.numel() for p in parameters):,} parameters"
+
+
 def build_optimizer(
     name: str, parameters: dict[str, nn.Parameter], *, lr: float, weight_decay: float, groups: list[dict] | None = None
 ) -> torch.optim.Optimizer:
@@ -35,7 +41,8 @@ def build_optimizer(
     adamw-host  8 bytes of host memory, none on the card; every step moves them there and back (modules/optim_host.py)
 
     bfloat16 parameters are updated with stochastic rounding, by all three. `groups` divides the parameters, each group
-    with its `params` by name and its `lr` (LoRA+). Raises ValueError for an unknown name, or if torchao is missing.
+    with its `params` by name and its `lr` (LoRA+) or the `lr_ratio` that a recipe's loop reads. Raises ValueError for
+    an unknown name, or if torchao is missing.
     """
     groups = [
         group | {"params": [p for p in group["params"].values() if (p.ndim >= 2) == decays], "weight_decay": decay}

@@ -15,7 +15,8 @@ there, build the model with `get_peft_model` and copy the tensor.
 B batch, T tokens, D model, n virtual tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,13 @@ FREQUENT = 5000  # tokens among which a start is drawn: a vocabulary begins with
 
 def placeholders(count: int) -> list[int]:
     return list(range(FIRST, FIRST + count))
+
+
+def count_virtual_tokens(method: ModuleType, wanted: int | None, text_ids: Sequence[int]) -> int:
+    """How many a method puts in front of each row: so many, else as many as the text has tokens, else 20; others 0."""
+    if not hasattr(method, "VIRTUAL_TOKENS"):
+        return 0
+    return len(text_ids) or 20 if wanted is None else wanted
 
 
 def virtual_ids(model: nn.Module) -> list[int]:

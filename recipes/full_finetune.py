@@ -42,7 +42,7 @@ from modules.device import describe_device, make_deterministic, peak_memory_gib,
 from modules.evaluation import evaluate_loss, sample_completion
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory
-from modules.optim import build_optimizer, learning_rate
+from modules.optim import build_optimizer, describe_trained, learning_rate
 from modules.step_in_backward import step_in_backward
 from modules.weight_streaming import stream_weights
 
@@ -207,7 +207,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 5 Adapters / quantisation
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    say(f"training {sum(p.numel() for p in trainable.values()):,} of {count(model):,} parameters")
+    say(describe_trained(model))
 
     # -----------------------------------------------------------------------------------------------------------------
     # 6 Memory plan and compile
@@ -228,6 +228,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     if cfg.max_grad_norm < 0:
         raise ValueError(f"--max-grad-norm {cfg.max_grad_norm} is negative; 0 leaves gradients as they are")
     optimizer = build_optimizer(cfg.optimizer, trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    schedule = dict(peak=cfg.lr, schedule=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total_steps)
     norm_of_backward = None
     if cfg.step_in_backward:
         limits = dict(grad_accum=cfg.grad_accum, max_grad_norm=cfg.max_grad_norm, dtype=dtype)
@@ -284,13 +285,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         if progress["step"] >= total_steps or run.stop_requested:
             break
         started = time.perf_counter()
-        lr = learning_rate(
-            progress["step"],
-            peak=cfg.lr,
-            schedule=cfg.schedule,
-            warmup_steps=cfg.warmup_steps,
-            total_steps=total_steps,
-        )
+        lr = learning_rate(progress["step"], **schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
         tokens = sum(batch.target_tokens for batch in micro_batches)
@@ -325,9 +320,8 @@ def train(cfg: Config, run: RunFolder) -> None:
             waited = f"first step done after {time.perf_counter() - begun:.1f} s, {seconds:.1f} s of them its own"
             tqdm.write(waited, file=sys.stderr)
         bar.update()
-        bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"
-        )
+        speed = f"{row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"
+        bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed}")
         due = cfg.eval_every and progress["step"] % cfg.eval_every == 0
         if eval_batches and (due or progress["step"] == total_steps):
             evaluate()
@@ -367,10 +361,6 @@ def choose_trainable(model: torch.nn.Module, freeze_layers: int, pattern: str | 
             parameter.requires_grad_(parameter.requires_grad and wanted.search(name) is not None)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"--freeze-layers {freeze_layers} and --trainable {pattern!r} leave nothing to train")
-
-
-def count(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -47,17 +46,15 @@ from modules.host_embedding import keep_embedding_on_host
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory
 from modules.methods import METHODS, Options, add_method, find_method
-from modules.optim import build_optimizer, learning_rate
+from modules.optim import build_optimizer, describe_trained, learning_rate
 from modules.peft_names import read_pattern
 from modules.quantize import linear_kind, quantize_blocks
 from modules.step_in_backward import step_in_backward
 from modules.token_rows import train_token_rows
-from modules.virtual_tokens import placeholders
+from modules.virtual_tokens import count_virtual_tokens, placeholders
 from modules.vocabulary import grow_vocabulary
 from modules.weight_streaming import stream_weights
 from modules.whole_modules import train_whole_modules
-
-START_STEPS = 8  # of training data that a start made from data (EVA) may read
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1 Config
@@ -213,13 +210,12 @@ def train(cfg: Config, run: RunFolder) -> None:
     template = load_chat_template(folder, tokenizer, cfg.chat_format, now=run.started)
     method = find_method(cfg.method)
     prompt_ids = tokenizer.encode_prompt(cfg.prompt_text) if cfg.prompt_text else []
-    num_virtual_tokens = len(prompt_ids) or 20 if cfg.num_virtual_tokens is None else cfg.num_virtual_tokens
-    has_virtual = hasattr(method, "VIRTUAL_TOKENS")
-    if has_virtual and (new_rows or cfg.modules_to_save):
+    num_virtual_tokens = count_virtual_tokens(method, cfg.num_virtual_tokens, prompt_ids)
+    if num_virtual_tokens and (new_rows or cfg.modules_to_save):
         what = "--new-tokens" if new_rows else "--modules-to-save"
         raise ValueError(f"{what} does not go with --method {cfg.method}, whose adapter is one tensor in PEFT's format")
     rows = dict(
-        virtual_ids=placeholders(num_virtual_tokens) if has_virtual else (),
+        virtual_ids=placeholders(num_virtual_tokens),
         seq_len=seq_len,
         train_on=cfg.train_on,
         prompt_field=cfg.prompt_field,
@@ -271,11 +267,11 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 5 Adapters / quantisation
-    first_batches = (b.to(device, dtype) for _, _, step in islice(batches.steps(0, 0), START_STEPS) for b in step)
     sizes = dict(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout, targets=cfg.targets)
-    start = dict(dtype=DTYPES[cfg.adapter_dtype], quantize=kind, batches=first_batches)
     sizes |= dict(rank_pattern=read_pattern("--rank-pattern", cfg.rank_pattern, int))
     sizes |= dict(alpha_pattern=read_pattern("--alpha-pattern", cfg.alpha_pattern))
+    first_batches = (batch.to(device, dtype) for batch in batches.first(steps=8))  # what EVA begins with
+    start = dict(dtype=DTYPES[cfg.adapter_dtype], quantize=kind, batches=first_batches)
     virtual = dict(num_virtual_tokens=num_virtual_tokens, prompt_init=cfg.prompt_init, prompt_ids=prompt_ids)
     virtual |= dict(prompt_encoder=cfg.prompt_encoder, encoder_size=cfg.encoder_size)
     add_method(model, cfg.method, Options(**sizes, **start, **virtual))
@@ -285,7 +281,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     train_token_rows(model, new_rows, DTYPES[cfg.adapter_dtype])
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = method.parameter_groups(trainable, cfg.lr) if hasattr(method, "parameter_groups") else None
-    say(f"training {sum(p.numel() for p in trainable.values()):,} of {count(model):,} parameters")
+    say(describe_trained(model))
 
     # -----------------------------------------------------------------------------------------------------------------
     # 6 Memory plan and compile
@@ -311,6 +307,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     optimizer = build_optimizer(cfg.optimizer, trainable, lr=cfg.lr, weight_decay=cfg.weight_decay, groups=groups)
     if hasattr(method, "prepare_optimizer"):
         method.prepare_optimizer(model, optimizer)
+    schedule = dict(peak=cfg.lr, schedule=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total_steps)
     norm_of_backward = None
     if cfg.step_in_backward:
         limits = dict(grad_accum=cfg.grad_accum, max_grad_norm=cfg.max_grad_norm, dtype=dtype)
@@ -368,13 +365,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         if progress["step"] >= total_steps or run.stop_requested:
             break
         started = time.perf_counter()
-        lr = learning_rate(
-            progress["step"],
-            peak=cfg.lr,
-            schedule=cfg.schedule,
-            warmup_steps=cfg.warmup_steps,
-            total_steps=total_steps,
-        )
+        lr = learning_rate(progress["step"], **schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         tokens = sum(batch.target_tokens for batch in micro_batches)
@@ -409,9 +400,8 @@ def train(cfg: Config, run: RunFolder) -> None:
             waited = f"first step done after {time.perf_counter() - begun:.1f} s, {seconds:.1f} s of them its own"
             tqdm.write(waited, file=sys.stderr)
         bar.update()
-        bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"
-        )
+        speed = f"{row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"
+        bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed}")
         due = cfg.eval_every and progress["step"] % cfg.eval_every == 0
         if eval_batches and (due or progress["step"] == total_steps):
             evaluate()
@@ -433,10 +423,6 @@ def train(cfg: Config, run: RunFolder) -> None:
     save_result()
     run.finish()
     say(f"peak memory {peak_memory_gib(device):.2f} GiB; adapter in {run.adapter}")
-
-
-def count(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 if __name__ == "__main__":

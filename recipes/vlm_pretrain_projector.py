@@ -43,7 +43,7 @@ from modules.evaluation import evaluate_loss, sample_completion
 from modules.host_embedding import keep_embedding_on_host
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory, plan_vision
-from modules.optim import build_optimizer, learning_rate
+from modules.optim import build_optimizer, describe_trained, learning_rate
 from modules.quantize import linear_kind
 from modules.step_in_backward import step_in_backward
 from modules.vlm_parts import name_in_language_model, quantize_parts
@@ -234,7 +234,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     # 5 Adapters / quantisation
     projector.requires_grad_(True)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    say(f"training {sum(p.numel() for p in trainable.values()):,} of {count(model):,} parameters")
+    say(describe_trained(model))
 
     # -----------------------------------------------------------------------------------------------------------------
     # 6 Memory plan and compile
@@ -259,6 +259,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     if cfg.max_grad_norm < 0:
         raise ValueError(f"--max-grad-norm {cfg.max_grad_norm} is negative; 0 leaves gradients as they are")
     optimizer = build_optimizer(cfg.optimizer, trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    schedule = dict(peak=cfg.lr, schedule=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total_steps)
     norm_of_backward = None
     if cfg.step_in_backward:
         limits = dict(grad_accum=cfg.grad_accum, max_grad_norm=cfg.max_grad_norm, dtype=dtype)
@@ -314,13 +315,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         if progress["step"] >= total_steps or run.stop_requested:
             break
         started = time.perf_counter()
-        lr = learning_rate(
-            progress["step"],
-            peak=cfg.lr,
-            schedule=cfg.schedule,
-            warmup_steps=cfg.warmup_steps,
-            total_steps=total_steps,
-        )
+        lr = learning_rate(progress["step"], **schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
         tokens = sum(batch.target_tokens for batch in micro_batches)
@@ -356,9 +351,8 @@ def train(cfg: Config, run: RunFolder) -> None:
             waited = f"first step done after {time.perf_counter() - begun:.1f} s, {seconds:.1f} s of them its own"
             tqdm.write(waited, file=sys.stderr)
         bar.update()
-        bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"
-        )
+        speed = f"{row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"
+        bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed}")
         due = cfg.eval_every and progress["step"] % cfg.eval_every == 0
         if eval_batches and (due or progress["step"] == total_steps):
             evaluate()
@@ -380,10 +374,6 @@ def train(cfg: Config, run: RunFolder) -> None:
     save_result()
     run.finish()
     say(f"peak memory {peak_memory_gib(device):.2f} GiB; model in {run.model}")
-
-
-def count(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 if __name__ == "__main__":
