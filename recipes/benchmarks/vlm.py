@@ -19,7 +19,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from checkpointing.pretrained import put_weight
 from data.batches import Batch, Batches
-from data.dataset import DatasetReport, TokenizedDataset
+from data.dataset import TokenizedDataset
+from data.dataset_report import DatasetReport
 from data.image_files import ImageFiles
 from data.images import load_image_processor
 from models import build_model

@@ -8,7 +8,8 @@ import torch
 
 from data.chat_templates import TEMPLATES, ChatTemplate, load_chat_template
 from data.image_files import ImageFiles, load_image
-from data.rows import IGNORE_INDEX, encode_row, parse_row
+from data.row_formats import parse_row
+from data.rows import IGNORE_INDEX, encode_row
 from tests.data.published_templates import CHATML, LLAMA2, PUBLISHED, VICUNA
 from tests.data.tiny_tokenizer import TinyTokenizer
 from tests.data.tiny_vision import LLAVA, TOKENS, draw, folder, llava_processor, parts

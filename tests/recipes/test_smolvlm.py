@@ -17,7 +17,7 @@ from data.batches import Batches
 from data.chat_contents import as_parts
 from data.dataset import load_dataset
 from data.json_rows import read_rows
-from data.rows import parse_row
+from data.row_formats import parse_row
 from models import build_model
 from tests.data import tiny_tiles
 from tests.models.test_smolvlm import nested
