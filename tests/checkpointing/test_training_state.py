@@ -423,7 +423,6 @@ def test_a_file_in_the_way_of_a_folder_is_kept(tmp_path: Path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_interrupted_training_equals_uninterrupted_on_cuda(tmp_path: Path):
     def make(seed: int):
         model = make_model(seed).cuda()

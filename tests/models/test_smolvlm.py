@@ -123,7 +123,7 @@ def test_padded_images_make_the_same_features(tmp_path):
         ours.model.image_features(pixels[..., :6])
 
 
-@pytest.mark.parametrize(("counts", "kind"), zip(BATCHES.values(), itertools.cycle(ARCHITECTURES)), ids=BATCHES)
+@pytest.mark.parametrize(("counts", "kind"), list(zip(BATCHES.values(), itertools.cycle(ARCHITECTURES))), ids=BATCHES)
 def test_logits_and_all_gradients(tmp_path, kind, counts):
     reference, ours = make_pair(tmp_path, kind)
     trained = check_logits_and_gradients(reference, ours, make_batch(ours.config, counts))

@@ -236,7 +236,6 @@ def test_streamed_weights_must_be_computed_again():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("nf4", [False, True])
 def test_rungs_on_a_gpu(nf4, monkeypatch):
     """bfloat16: every rung is as near to float32 as the plain model is; other lengths compile nothing anew."""

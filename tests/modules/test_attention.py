@@ -33,7 +33,6 @@ def test_padded_layout_needs_no_mask():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kv_heads, head_dim", [(8, 64), (2, 64), (2, 20)])
 def test_variable_length_kernel_equals_the_mask(kv_heads, head_dim):
     from models import build_model

@@ -83,7 +83,6 @@ def test_small_steps_are_not_lost_in_bfloat16():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_new_learning_rate_compiles_nothing():
     weight = nn.Parameter(torch.zeros(64, 64, device="cuda"))
     optimizer = AdamW8bit([weight], lr=1.0)

@@ -69,11 +69,7 @@ def test_small_steps_are_not_lost_in_bfloat16():
     assert weight.float().mean().item() == pytest.approx(0.99, abs=0.0005)
 
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 @pytest.mark.gpu
-@cuda
 @pytest.mark.parametrize("shapes", [[(3000, 1000), (7,)], [(400, 1000), (5,)], [(400, 1000)]])
 def test_on_cuda_it_is_adamw(shapes):
     """Parameters of 8 chunks and of 1, and so few chunks that one is back on the card before its buffer is reused."""
@@ -92,7 +88,6 @@ def test_on_cuda_it_is_adamw(shapes):
 
 
 @pytest.mark.gpu
-@cuda
 def test_a_checkpoint_waits_for_moments_on_their_way_home(tmp_path: Path):
     weight = nn.Parameter(torch.zeros(1000, device="cuda"))
     weight.grad = torch.ones_like(weight)
@@ -106,7 +101,6 @@ def test_a_checkpoint_waits_for_moments_on_their_way_home(tmp_path: Path):
 
 
 @pytest.mark.gpu
-@cuda
 def test_the_card_holds_a_few_chunks():
     weight = nn.Parameter(torch.randn(64 << 20, device="cuda", dtype=torch.bfloat16))
     weight.grad = torch.randn_like(weight)

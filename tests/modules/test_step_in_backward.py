@@ -17,12 +17,6 @@ POSSIBLE = dict(grad_accum=1, max_grad_norm=0.0, dtype=torch.float32)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(autouse=True)
-def no_cuda_no_test(request: pytest.FixtureRequest):
-    if "gpu" in request.keywords and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-
-
 class Tiny(nn.Module):
     """An embedding that is the head, too, around two matrices, one large enough for 8-bit moments."""
 

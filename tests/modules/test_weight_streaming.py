@@ -23,7 +23,6 @@ from tests.tiny import make_checkpoint
 
 CPU = torch.device("cpu")
 BLOCKS = 5
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +257,6 @@ def test_mistakes_are_explained(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@cuda
 @pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("nf4", [False, True])
 def test_training_equals_resident_weights_on_cuda(tmp_path, nf4, where):
@@ -285,7 +283,6 @@ def test_training_equals_resident_weights_on_cuda(tmp_path, nf4, where):
 
 
 @pytest.mark.gpu
-@cuda
 def test_use_never_waits_for_the_card(tmp_path):
     """With the compute stream held up, a whole pass over the blocks is queued; the numbers are right afterwards."""
     device = torch.device("cuda")
@@ -311,7 +308,6 @@ def test_use_never_waits_for_the_card(tmp_path):
 
 
 @pytest.mark.gpu
-@cuda
 def test_the_card_holds_two_blocks(tmp_path):
     device = torch.device("cuda")
     make_checkpoint(tmp_path, hidden_size=512, intermediate_size=1536, num_hidden_layers=9)
