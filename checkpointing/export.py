@@ -46,7 +46,7 @@ def plain_parameters(
 ) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
     """Each parameter that the model would have without adapters and quantisation: one like it, and how to make it.
 
-    Adapters are merged into what they were trained on. 4-bit weights without one are frozen: `original(name)` reads
+    Adapters are merged into what they were trained on. Quantised weights without one are frozen: `original(name)` reads
     them where they came from; without it they are what they were rounded to. One at a time, when asked for. Second
     names of tied ones are left out, unless an adapter makes them differ.
     """

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.lora_embedding import frozen_embedding
 from modules.methods import Options
 
 FIRST = 2**30  # the first placeholder's token id
@@ -33,7 +34,7 @@ def placeholders(count: int) -> list[int]:
     return list(range(FIRST, FIRST + count))
 
 
-def count_virtual_tokens(method: ModuleType, wanted: int | None, text_ids: Sequence[int]) -> int:
+def pick_virtual_tokens(method: ModuleType, wanted: int | None, text_ids: Sequence[int]) -> int:
     """How many a method puts in front of each row: so many, else as many as the text has tokens, else 20; others 0."""
     if not hasattr(method, "VIRTUAL_TOKENS"):
         return 0
@@ -68,18 +69,13 @@ class VirtualEmbedding(nn.Embedding):
         super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
         self.weight = base.weight
         self.base_class = type(base)  # looks up the frozen rows, wherever they are
-        if hasattr(base, "device"):
-            self.device = base.device  # where a HostEmbedding's rows travel
+        self.device = getattr(base, "device", base.weight.device)  # a HostEmbedding's is where its rows go
         self.requires_grad_(False).train(base.training)
         self.virtual_tokens, self.prompt = count, prompt
 
     def base_layer(self) -> nn.Embedding:
         """The embedding without placeholders, for rows that have none."""
-        base = self.base_class(self.num_embeddings, self.embedding_dim, device="meta")
-        base.weight = self.weight
-        if hasattr(self, "device"):
-            base.device = self.device
-        return base
+        return frozen_embedding(self)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         virtual_BT = ids_BT >= FIRST

@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpointing.atomic import atomic_folder
+from checkpointing.atomic import atomic_folder, check_vacant
 from checkpointing.errors import clear_errors, say
 from checkpointing.export import check_export, write_companions, write_weights
 from checkpointing.pretrained import WeightFiles, check_names, find_checkpoint, on_disk, read_config
@@ -66,8 +66,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    if cfg.output.exists() and (not cfg.output.is_dir() or any(cfg.output.iterdir())):
-        raise ValueError(f"--output {cfg.output} exists already; choose another folder")
+    check_vacant(cfg.output)
     eye, mouth = find_checkpoint(cfg.vision_tower), find_checkpoint(cfg.language_model)
     vision_config, text_config = read_config(eye), read_config(mouth)
     vision, text = build_model(vision_config), build_model(text_config)  # for their names

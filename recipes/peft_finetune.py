@@ -51,7 +51,7 @@ from modules.peft_names import read_pattern
 from modules.quantize import linear_kind, quantize_blocks
 from modules.step_in_backward import step_in_backward
 from modules.token_rows import train_token_rows
-from modules.virtual_tokens import count_virtual_tokens, placeholders
+from modules.virtual_tokens import pick_virtual_tokens, placeholders
 from modules.vocabulary import grow_vocabulary
 from modules.weight_streaming import stream_weights
 from modules.whole_modules import train_whole_modules
@@ -210,7 +210,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     template = load_chat_template(folder, tokenizer, cfg.chat_format, now=run.started)
     method = find_method(cfg.method)
     prompt_ids = tokenizer.encode_prompt(cfg.prompt_text) if cfg.prompt_text else []
-    num_virtual_tokens = count_virtual_tokens(method, cfg.num_virtual_tokens, prompt_ids)
+    num_virtual_tokens = pick_virtual_tokens(method, cfg.num_virtual_tokens, prompt_ids)
     if num_virtual_tokens and (new_rows or cfg.modules_to_save):
         what = "--new-tokens" if new_rows else "--modules-to-save"
         raise ValueError(f"{what} does not go with --method {cfg.method}, whose adapter is one tensor in PEFT's format")
