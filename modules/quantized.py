@@ -7,9 +7,9 @@
     nf4          16 quantiles of a normal distribution (modules/nf4.py)  max|W| of 64, in 8 bits     4.13   9.2 %
 
 Bits per weight and root-mean-square error relative to the weights, both on normally distributed numbers in a matrix
-4096 wide; recipes/README.md has a real model's, too. In float8 an error is relative to each weight, in int8 to the
-row's largest: int8 is better for plain weights, float8 for rows with outliers. The scale of int4 has the sign that puts
-the group's number of largest magnitude on -8, so that all 16 codes are used (8.6 % instead of 9.5 %).
+4096 wide; recipes/benchmarks/README.md has a real model's, too. In float8 an error is relative to each weight, in int8
+to the row's largest: int8 is better for plain weights, float8 for rows with outliers. The scale of int4 has the sign
+that puts the group's number of largest magnitude on -8, so that all 16 codes are used (8.6 % instead of 9.5 %).
 
 Only storage is small: a matrix is dequantised where it is multiplied with, one at a time, and dropped; the products
 run in the activations' dtype. So this works on any device and with anything that trains beside a frozen weight: LoRA

@@ -53,7 +53,7 @@ def test_other_commands_parse(command):
     tyro.cli(recipe.Config, args=arguments)
 
 
-@pytest.mark.parametrize("page", ["README.md", "recipes/README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "recipes/README.md", "recipes/benchmarks/README.md", "CONTRIBUTING.md"])
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):

@@ -3,7 +3,7 @@
     python recipes/benchmarks/quantizers.py --output recipes/benchmarks/quantizers.json
 
 On normally distributed numbers (one matrix, 4096 × 4096) and on the linear layers of a checkpoint's blocks. The error
-is the root mean square of W - Q(W) as a part of that of W, all layers together. Prints the table of recipes/README.md.
+is the root mean square of W - Q(W) as a part of that of W, all layers together. Prints the table of README.md here.
 """
 
 import json

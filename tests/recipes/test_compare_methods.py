@@ -97,7 +97,7 @@ def test_the_committed_comparison_is_what_the_readme_shows(tmp_path):
     assert not any("failed" in row for row in results["rows"])
     seconds = sum(row["processor_seconds"] + row["examination_processor_seconds"] for row in results["rows"])
     assert seconds / 2 < 600  # on two cores
-    assert table(results) in (ROOT / "recipes/README.md").read_text(encoding="utf-8")
+    assert table(results) in (ROOT / "recipes/benchmarks/README.md").read_text(encoding="utf-8")
     draw(results, tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").read_text() == (
         ROOT / "recipes/assets/compare_methods_quickstart.svg"

@@ -107,9 +107,9 @@ def test_a_method_that_quantises_what_it_leaves(base, tmp_path, kind):
 
 
 def test_the_table_is_what_the_command_measures(capsys):
-    """recipes/README.md shows the committed figures, and measuring on a smaller matrix gives nearly the same."""
+    """The page shows the committed figures, and measuring on a smaller matrix gives nearly the same."""
     committed = json.loads((ROOT / "recipes/benchmarks/quantizers.json").read_text())["kinds"]
-    readme = (ROOT / "recipes/README.md").read_text()
+    readme = (ROOT / "recipes/benchmarks/README.md").read_text()
     again = quantizers.main(quantizers.Config(size=512))["kinds"]
     capsys.readouterr()
     for name, row in committed.items():
