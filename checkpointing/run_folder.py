@@ -255,14 +255,15 @@ class RunFolder:
         atomic_write_text(self.path / "run.json", json.dumps(self._record, indent=1) + "\n")
 
     def _on_signal(self, number: int, frame) -> None:
-        if self.stop_requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self.stop_requested:
-            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-            text = f"\n{name}: ending this step and saving; press Ctrl-C (again) to stop at once, without saving\n"
-            with suppress(OSError):
-                os.write(2, text.encode())  # print() may not be entered twice, and this may have interrupted one
-        self.stop_requested = True
+        if self.stop_requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.stop_requested = True  # first: the next signal may come while this one is announced
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        text = f"\n{name}: ending this step and saving; press Ctrl-C (again) to stop at once, without saving\n"
+        with suppress(OSError):
+            os.write(2, text.encode())  # print() may not be entered twice, and this may have interrupted one
 
 
 def _lock(path: Path) -> int:
