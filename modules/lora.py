@@ -117,7 +117,7 @@ def add_lora(
             raise ValueError(f"{flag} {', '.join(unknown)} names no layer that --targets names")
     model.requires_grad_(False)
     for name in names:
-        kind = layer if isinstance(layers[name], nn.Linear) else layer.embedding
+        kind = layer if isinstance(layers[name], nn.Linear) else getattr(layer, "embedding", None)
         if kind is None:
             raise ValueError(f"--targets {name} is an embedding, for which {layer.__name__} has no form")
         sizes = look_up(rank_pattern, name, rank), look_up(alpha_pattern, name, alpha)
