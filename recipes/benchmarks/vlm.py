@@ -17,27 +17,22 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from checkpointing.pretrained import put_weight
 from data.batches import Batch, Batches
-from data.dataset import TokenizedDataset
-from data.dataset_report import DatasetReport
 from data.image_files import ImageFiles
 from data.images import load_image_processor
 from models import build_model
-from models.llava import PRESETS
 from modules.activations import keep_activations
-from modules.attention import choose_attention, padded_layout, use_attention
+from modules.attention import choose_attention, use_attention
 from modules.fused_blocks import why_not
-from modules.host_embedding import keep_embedding_on_host
-from modules.lora import ALL_LINEAR, add_lora
+from modules.lora import ALL_LINEAR
 from modules.loss import IGNORE_INDEX, linear_cross_entropy
 from modules.optim import build_optimizer
-from modules.weight_streaming import StreamedWeights, stream_weights
+from modules.weight_streaming import StreamedWeights
 from recipes.benchmarks import measure, peers
 from recipes.benchmarks.card import GIB, SPARE_BYTES, fit_line, host_memory, lift_limit, limit_memory
-from recipes.benchmarks.measure import TINY, UNTIMED, WARM_UP_LENGTH, Machine, Row
+from recipes.benchmarks.measure import UNTIMED, WARM_UP_LENGTH, Machine, Row
+from recipes.benchmarks.vlm_model import PRESET, model_config, random_batch, random_model, random_rows
 
-PRESET = "llava-1.5-7b"
 BATCH, LENGTH, TARGETS = 4, 1024, 256
 LENGTHS = (32768, 65536)  # for the straight line through memory
 LONGEST_CAP_GIB = 24.0
@@ -46,8 +41,6 @@ LOADING_STEPS = 43
 PEER = peers.PEERS["peft"]
 FILES, PIXELS = 64, (1152, 896)  # a megapixel each
 TINY_LENGTHS = {LENGTH: 32, TARGETS: 8, LENGTHS[0]: 64, LENGTHS[1]: 128}
-TINY_VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-TINY_VISION |= dict(image_size=28, patch_size=14)
 Measurement = tuple[dict, Callable[[], dict]]
 
 
@@ -112,75 +105,6 @@ def longest(row: Row, machine: Machine) -> Iterator[Measurement]:
     capped = replace(row, length=length, cap_gib=LONGEST_CAP_GIB)
     described = settings("longest", capped, "weights streamed")
     yield described, lambda: build_and_train(capped, machine, steps=1, targets=None) | line
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A model and its batch
-
-
-def model_config(machine: Machine) -> dict:
-    """The preset's config.json."""
-    config = PRESETS[PRESET] | {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
-    if machine.tiny:
-        text = config["text_config"] | TINY | {"num_key_value_heads": TINY["num_attention_heads"]}
-        vision = config["vision_config"] | TINY_VISION
-        config |= {"text_config": text, "vision_config": vision, "image_token_index": TINY["vocab_size"] - 1}
-    return config
-
-
-def random_model(row: Row, machine: Machine) -> tuple[nn.Module, StreamedWeights | None]:
-    """Random weights made on the device, as recipes/benchmarks/measure.py makes a Llama's."""
-    torch.manual_seed(0)  # for the adapters
-    generator = torch.Generator(machine.device).manual_seed(0)
-    model = build_model(model_config(machine)).requires_grad_(False)
-    language = model.language_model
-    if row.quantize == "nf4":
-        from modules.nf4 import quantize_nf4  # torchao takes seconds to import
-
-        quantize_nf4(model.vision_tower)
-        quantize_nf4(language, head=row.quantize_head)
-        model.lm_head = language.lm_head
-    if row.embedding == "host":
-        keep_embedding_on_host(language, machine.device)
-    streamed = stream_weights(language, machine.device) if row.weights == "stream" else None
-    for name, parameter in list(model.named_parameters()):
-        weight = torch.empty(parameter.shape, dtype=machine.dtype, device=machine.device)
-        is_norm = weight.ndim == 1 and name.endswith("weight")
-        weight.fill_(1.0) if is_norm else weight.normal_(0.0, 0.02, generator=generator)
-        put_weight(model, name, weight)
-        if streamed:
-            streamed.take(name.replace("model.language_model.", "model."))
-    linears = [name for name, m in language.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
-    add_lora(language, targets=linears, rank=row.rank, alpha=2.0 * row.rank)
-    return model.train(), streamed
-
-
-def random_batch(model: nn.Module, row: Row, length: int, targets: int | None) -> Batch:
-    """Rows of a token, one image and text, on the CPU; the last `targets` tokens of each are trained, or all text."""
-    dataset = random_rows(model, row.batch, length, targets)
-    rows = [dataset[i] for i in range(row.batch)]
-    input_ids, wanted = (torch.stack(columns).long() for columns in zip(*rows, strict=True))
-    index = (wanted.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-    places = (input_ids.flatten() == model.config.image_token).nonzero().squeeze(1)
-    vision = model.config.vision
-    shape = (row.batch, vision.num_channels, vision.image_size, vision.image_size)
-    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    return Batch(input_ids, padded_layout(length), index, wanted.flatten()[index], pixels, places)
-
-
-def random_rows(model: nn.Module, count: int, length: int, targets: int | None, images=None) -> TokenizedDataset:
-    config = model.config
-    image = slice(1, 1 + config.tokens_per_image)
-    if length <= image.stop:
-        raise ValueError(f"{length} tokens are too few for an image of {config.tokens_per_image}")
-    ids = torch.randint(config.image_token, (count, length), generator=torch.Generator().manual_seed(1))
-    ids[:, image] = config.image_token
-    wanted = torch.full_like(ids, IGNORE_INDEX)
-    first = length - 1 - targets if targets else image.stop
-    wanted[:, first:-1] = ids[:, first + 1 :]
-    offsets = torch.arange(count + 1) * length
-    report = DatasetReport("random rows", length)
-    return TokenizedDataset(ids.flatten().int(), wanted.flatten().int(), offsets, report, "", images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ def test_every_part_runs_on_the_cpu(dry):
 
 def test_rungs_train_alike(dry):
     rows = dry[0]["rungs"]
-    assert len(rows) == 9  # four rungs twice, and streamed; uncompiled, the reference is the plain `none`
+    # Four rungs twice; by hand with attention in host memory, and streamed. The reference is the plain `none`.
+    assert len(rows) == 10
     assert all(len(row["losses"]) == 20 and row["losses"][-1] < row["losses"][0] - 0.05 for row in rows)
     assert max(row["max_relative_deviation"] for row in rows) < 1e-5
 
@@ -65,7 +66,7 @@ def test_streamed_and_resident_models_are_the_same(dry):
     rows = [row for row in dry[0]["small"] if row["settings"]["preset"] == "llama-3.3-70b"]
     losses = {(row["settings"]["weights"], row["settings"]["length"]): row["losses"] for row in rows}
     for length in (64, 256):
-        assert len(losses["stream", length]) == 4
+        assert len(losses["stream", length]) == 3
         assert losses["stream", length] == pytest.approx(losses["resident", length], rel=1e-5)
 
 
