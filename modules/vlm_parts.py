@@ -4,7 +4,7 @@ A projector that is trained in full beside frozen or adapted towers is a module 
 entire, with the adapter (modules/whole_modules.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from models.vision_language import VisionLanguageModel
 from modules.lora import add_lora
 from modules.quantize import quantize_blocks
+from modules.weight_streaming import StreamedWeights
 from modules.whole_modules import train_whole_modules
 
 
@@ -32,6 +33,13 @@ def quantize_parts(
 def name_in_language_model(model: VisionLanguageModel, name: str) -> str:
     """What `model.language_model` calls the model's parameter `name`."""
     return name.replace(f"{model.parts['language']}.", "model.", 1)
+
+
+def placed_in_language_model(
+    model: VisionLanguageModel, streamed: StreamedWeights | None
+) -> Callable[[str], None] | None:
+    """`load_weights(placed=…)` for a model whose language model's weights are streamed; None for others."""
+    return None if streamed is None else lambda name: streamed.take(name_in_language_model(model, name))
 
 
 def fits_adapter(how: dict[str, str]) -> bool:

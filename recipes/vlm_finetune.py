@@ -51,7 +51,7 @@ from modules.memory import describe_memory, plan_memory, plan_vision
 from modules.optim import build_optimizer, describe_trained, learning_rate
 from modules.quantize import linear_kind
 from modules.step_in_backward import step_in_backward
-from modules.vlm_parts import fits_adapter, name_in_language_model, quantize_parts, train_parts
+from modules.vlm_parts import fits_adapter, placed_in_language_model, quantize_parts, train_parts
 from modules.weight_streaming import stream_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,11 +250,10 @@ def train(cfg: Config, run: RunFolder) -> None:
     language = model.language_model
     if cfg.embedding == "host":
         keep_embedding_on_host(language, device)
-    streamed, placed = None, None
+    streamed = None
     if cfg.weights != "resident":
         streamed = stream_weights(language, device, folder=run.path if cfg.weights == "disk" else None)
-        placed = lambda name: streamed.take(name_in_language_model(model, name))  # noqa: E731
-    load_weights(model, weights, device=device, dtype=dtype, placed=placed)
+    load_weights(model, weights, device=device, dtype=dtype, placed=placed_in_language_model(model, streamed))
     if streamed:
         say(streamed.describe())
 

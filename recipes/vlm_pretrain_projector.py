@@ -46,7 +46,7 @@ from modules.memory import describe_memory, plan_memory, plan_vision
 from modules.optim import build_optimizer, describe_trained, learning_rate
 from modules.quantize import linear_kind
 from modules.step_in_backward import step_in_backward
-from modules.vlm_parts import name_in_language_model, quantize_parts
+from modules.vlm_parts import placed_in_language_model, quantize_parts
 from modules.weight_streaming import stream_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,11 +219,10 @@ def train(cfg: Config, run: RunFolder) -> None:
     language = model.language_model
     if cfg.embedding == "host":
         keep_embedding_on_host(language, device)
-    streamed, placed = None, None
+    streamed = None
     if cfg.weights != "resident":
         streamed = stream_weights(language, device, folder=run.path if cfg.weights == "disk" else None)
-        placed = lambda name: streamed.take(name_in_language_model(model, name))  # noqa: E731
-    load_weights(model, weights, device=device, dtype=dtype, placed=placed)
+    load_weights(model, weights, device=device, dtype=dtype, placed=placed_in_language_model(model, streamed))
     if streamed:
         say(streamed.describe())
     projector = model.projector

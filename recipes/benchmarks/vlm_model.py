@@ -13,6 +13,7 @@ from modules.attention import padded_layout
 from modules.host_embedding import keep_embedding_on_host
 from modules.lora import add_lora
 from modules.loss import IGNORE_INDEX
+from modules.vlm_parts import name_in_language_model
 from modules.weight_streaming import StreamedWeights, stream_weights
 from recipes.benchmarks.measure import TINY, Machine, Row
 
@@ -52,7 +53,7 @@ def random_model(row: Row, machine: Machine) -> tuple[nn.Module, StreamedWeights
         weight.fill_(1.0) if is_norm else weight.normal_(0.0, 0.02, generator=generator)
         put_weight(model, name, weight)
         if streamed:
-            streamed.take(name.replace("model.language_model.", "model."))
+            streamed.take(name_in_language_model(model, name))
     linears = [name for name, m in language.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
     add_lora(language, targets=linears, rank=row.rank, alpha=2.0 * row.rank)
     return model.train(), streamed
