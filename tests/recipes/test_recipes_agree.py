@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+import tomllib
 
 import pytest
 import tyro
@@ -51,6 +52,7 @@ CONTRACT = dict(
     eval_every=None,
     resume=False,
 )
+CODE = ("recipes", "models", "modules", "checkpointing", "data")
 LORA = CONTRACT | dict(rank=None, alpha=None, dropout=0.0, targets=None, quantize="none")
 
 
@@ -101,8 +103,14 @@ def test_switches_come_in_pairs(name):
 def test_torchao_is_imported_in_one_place():
     importing = [
         path.relative_to(ROOT).as_posix()
-        for folder in ("recipes", "models", "modules", "checkpointing", "data")
+        for folder in CODE
         for path in (ROOT / folder).rglob("*.py")
         if re.search(r"^\s*(import|from) torchao", path.read_text(), flags=re.MULTILINE)
     ]
     assert importing == ["modules/torchao_parts.py"]
+
+
+def test_every_folder_with_code_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for folder in CODE for path in (ROOT / folder).rglob("*.py")}
+    assert set(settings["packages"]) == {".".join(folder.parts) for folder in folders}
