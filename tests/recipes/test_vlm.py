@@ -214,6 +214,9 @@ def test_a_whole_projector_travels_with_the_adapter(base, tmp_path):
     arguments = ("--model", base / "base", "--adapter", adapter, "--data", base / "rows.jsonl", "--device", "cpu")
     (evaluated,) = [row["eval_loss"] for row in read_metrics(tmp_path / "run") if "eval_loss" in row]
     assert json.loads(run_recipe("evaluate", *arguments).stdout)["loss"] == pytest.approx(evaluated, rel=1e-5)
+    run_recipe("merge", *arguments[:4], "--output", tmp_path / "merged")
+    merged = run_recipe("evaluate", "--model", tmp_path / "merged", *arguments[4:])
+    assert json.loads(merged.stdout)["loss"] == pytest.approx(evaluated, rel=1e-5)
 
 
 def test_evaluation_and_a_sample_while_training(base, tmp_path):
