@@ -26,6 +26,26 @@ BANNERS = [
 # Lines that say what a recipe is: the only differences allowed under these banners.
 OWN_WORDS = ("split_long=True,",)
 IDENTICAL = ("2 Setup", "3 Tokenizer and data", "7 Optimizer and schedule", "9 Training loop")
+# What stands in the recipes that train other things instead of these lines of lora_finetune.py.
+SHARED = ("2 Setup", "7 Optimizer and schedule", "9 Training loop")
+BUILD = "optimizer = build_optimizer(cfg.optimizer, trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)"
+BUILD_GROUPS = BUILD.removesuffix(")") + ", groups=groups)"
+PREPARE = ['if hasattr(method, "prepare_optimizer"):', "method.prepare_optimizer(model, optimizer)"]
+RATE, BACKWARD = 'group["lr"] = lr', "scaler.scale(loss).backward()"
+IMAGES = {
+    "hidden = model(batch.input_ids, batch.layout)": [
+        "hidden = model(batch.input_ids, batch.layout, images=batch.images)"
+    ],
+    BACKWARD: [
+        "if loss.requires_grad:  # where only what sees is trained, rows without an image teach nothing",
+        BACKWARD,
+    ],
+}
+VARIANTS = {
+    "peft_finetune": {BUILD: [BUILD_GROUPS, *PREPARE], RATE: [f'{RATE} * group.get("lr_ratio", 1.0)']},
+    "vlm_finetune": {BUILD: [BUILD_GROUPS], RATE: [f'{RATE} * group["lr_ratio"]'], **IMAGES},
+    "vlm_pretrain_projector": IMAGES,
+}
 # What every training recipe takes, with the defaults that outsiders rely on (no default: the recipe's choice).
 CONTRACT = dict(
     model=None,
@@ -62,10 +82,11 @@ def sections(name: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", [*TRAINING, *VARIANTS])
 def test_banners_and_size(name):
     assert list(sections(name)) == BANNERS
-    assert len((ROOT / "recipes" / f"{name}.py").read_text().splitlines()) <= 400
+    longest = 440 if name in VARIANTS else 400
+    assert len((ROOT / "recipes" / f"{name}.py").read_text().splitlines()) <= longest
 
 
 @pytest.mark.parametrize("name", TRAINING[1:])
@@ -78,11 +99,18 @@ def test_what_must_not_drift_is_identical(name, banner):
     assert text(name) == text(TRAINING[0])
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("banner", SHARED)
+def test_a_variant_differs_where_it_must(name, banner):
+    mine, theirs = (map(str.strip, sections(recipe)[banner].splitlines()) for recipe in (name, TRAINING[0]))
+    assert list(mine) == [new for line in theirs for new in VARIANTS[name].get(line, [line])]
+
+
+@pytest.mark.parametrize("name", [*TRAINING, *VARIANTS])
 def test_flags_of_the_contract(name):
     config = importlib.import_module(f"recipes.{name}").Config
     fields = {field.name: field.default for field in dataclasses.fields(config)}
-    for flag, default in (LORA if "lora" in name else CONTRACT).items():
+    for flag, default in (LORA if hasattr(config, "rank") else CONTRACT).items():
         assert flag in fields
         if default is not None:
             assert fields[flag] == default
@@ -91,7 +119,7 @@ def test_flags_of_the_contract(name):
         assert re.search(rf'^    {field}: [^\n]+\n    """', source, flags=re.MULTILINE), field
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", [*TRAINING, *VARIANTS])
 def test_switches_come_in_pairs(name):
     recipe = importlib.import_module(f"recipes.{name}")
     required = ["--model", "m", "--data", "d", "--output", "o"]
