@@ -115,7 +115,8 @@ def marks(rows: int, columns: int) -> str:
     for row in range(1, rows + 1):
         tiles = (f"{FRAME}<row_{row}_col_{column}>{PLACEHOLDER}" for column in range(1, columns + 1))
         text += "".join(tiles) + "\n"
-    return f"{text}\n" * bool(rows) + f"{FRAME}<global-img>{PLACEHOLDER}{FRAME}"
+    whole = f"{FRAME}<global-img>{PLACEHOLDER}{FRAME}"
+    return f"{text}\n{whole}" if rows else whole
 
 
 def fit_longest(width: int, height: int, longest: int) -> tuple[int, int]:

@@ -46,7 +46,7 @@ def compiled(function: Callable, *, any_length: bool = True) -> Callable:
         tokens = args[0].shape[0] if any_length else -1
         # 0 and 1 tokens, and offsets of 2³¹ numbers, are where a kernel for all other lengths would be wrong.
         key = tuple(
-            (a.dtype, a.stride(), a.shape[a.shape[:1] == (tokens,) :], a.numel() < 2**31 > _extent(a))
+            (a.dtype, a.stride(), a.shape[a.shape[:1] == (tokens,) :], max(a.numel(), _extent(a)) < 2**31)
             if isinstance(a, Tensor)
             else a
             for a in args

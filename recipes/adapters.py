@@ -164,8 +164,11 @@ def describe_kind(config: dict, modules: dict[str, dict[str, Tensor]]) -> dict:
         settings, _ = read_layers(plain(config), lora)
         described["rank"] = sorted({setting["rank"] for setting in settings.values()})
         described["alpha"] = sorted({setting["alpha"] for setting in settings.values()})  # as α/r: rsLoRA's times √r
-        for m, s in settings.items() if not config.get("use_dora") else ():
+        if config.get("use_dora"):  # whose change is more than B A
+            settings = {}
+        for m, s in settings.items():
             A, B = (modules[m][part].float() for part in LORA)
+            # ‖B A‖² = Σ (A Aᵀ) ⊙ (Bᵀ B), as small as the rank
             norms["delta"].append((A @ A.t() * (B.t() @ B)).sum().clamp(min=0).sqrt().item() * s["alpha"] / s["rank"])
     return described | {"norms": {part: sum(values) / len(values) for part, values in norms.items()}}
 
