@@ -24,7 +24,7 @@ def draw_loss_curve(rows: list[dict], path: Path, title: str | None = None) -> N
     everything = train + evaluation
     steps, losses = zip(*everything, strict=True) if everything else ((0.0, 1.0), (0.0, 1.0))
     first, last = (min(steps), max(steps)) if min(steps) < max(steps) else (steps[0] - 1, steps[0] + 1)
-    x_ticks, y_ticks = _ticks([first, last], 8, whole=True), _ticks(losses, 6)
+    x_ticks, y_ticks = ticks([first, last], 8, whole=True), ticks(losses, 6)
 
     def x_of(step: float) -> float:
         return LEFT + (step - first) / (last - first) * (RIGHT - LEFT)
@@ -45,18 +45,18 @@ def draw_loss_curve(rows: list[dict], path: Path, title: str | None = None) -> N
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="13">',
         f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10" fill="#fff" stroke="#d9dee6"/>',
-        _text(LEFT, 36, (title or "Loss")[:48], f'fill="{INK}" font-size="17" font-weight="600"'),
+        text(LEFT, 36, (title or "Loss")[:48], f'fill="{INK}" font-size="17" font-weight="600"'),
     ]
     for y in y_ticks:
         picture.append(f'<path d="M{LEFT} {y_of(y):.1f}H{RIGHT}" stroke="#e8ebf0"/>')
-        picture.append(_text(LEFT - 10, y_of(y) + 4.5, _label(y, y_ticks), f'fill="{QUIET}" text-anchor="end"'))
+        picture.append(text(LEFT - 10, y_of(y) + 4.5, _label(y, y_ticks), f'fill="{QUIET}" text-anchor="end"'))
     picture.append(f'<path d="M{LEFT} {BOTTOM}H{RIGHT}" stroke="#9aa4b2"/>')
     for x in (x for x in x_ticks if first <= x <= last):
         picture.append(f'<path d="M{x_of(x):.1f} {BOTTOM}v5" stroke="#9aa4b2"/>')
-        picture.append(_text(x_of(x), BOTTOM + 20, f"{x:,.0f}", centered))
+        picture.append(text(x_of(x), BOTTOM + 20, f"{x:,.0f}", centered))
     middle = (TOP + BOTTOM) / 2
-    picture.append(_text((LEFT + RIGHT) / 2, HEIGHT - 12, "optimizer step", centered))
-    picture.append(_text(20, middle, "loss per token", f'transform="rotate(-90 20 {middle})" {centered}'))
+    picture.append(text((LEFT + RIGHT) / 2, HEIGHT - 12, "optimizer step", centered))
+    picture.append(text(20, middle, "loss per token", f'transform="rotate(-90 20 {middle})" {centered}'))
 
     if (smooth := _smooth(train)) is not train:
         picture.append(line(_thin(train), f'stroke="{TRAIN}" stroke-width="1" stroke-opacity="0.35"'))
@@ -100,7 +100,7 @@ def _thin(points: Points) -> Points:
     return [p for s in stretches for p in sorted({min(s, key=lambda p: p[1]), max(s, key=lambda p: p[1])})]
 
 
-def _ticks(values: Sequence[float], count: int, whole: bool = False) -> list[float]:
+def ticks(values: Sequence[float], count: int, whole: bool = False) -> list[float]:
     """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose the values."""
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # constant: show it in the middle
@@ -116,5 +116,5 @@ def _label(value: float, ticks: list[float]) -> str:
     return f"{value:.{decimals}f}" if decimals <= 6 else f"{value:.3g}"
 
 
-def _text(x: float, y: float, words: str, style: str) -> str:
+def text(x: float, y: float, words: str, style: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(words)}</text>'

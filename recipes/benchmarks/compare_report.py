@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpointing.atomic import atomic_write_text
-from checkpointing.loss_plot import INK, QUIET, TRAIN
-from checkpointing.loss_plot import _text as text
-from checkpointing.loss_plot import _ticks as ticks
+from checkpointing.loss_plot import INK, QUIET, TRAIN, text, ticks
 
 WIDTH, HEIGHT, TOP, BOTTOM = 1160, 520, 64, 456
 PANELS = ((70, 540), (640, 1110))  # left and right edge of each

@@ -5,9 +5,7 @@ import time
 from pathlib import Path
 
 from checkpointing.atomic import atomic_write_text
-from checkpointing.loss_plot import BOTTOM, EVAL, HEIGHT, INK, LEFT, QUIET, RIGHT, TOP, TRAIN, WIDTH
-from checkpointing.loss_plot import _text as text
-from checkpointing.loss_plot import _ticks as ticks
+from checkpointing.loss_plot import BOTTOM, EVAL, HEIGHT, INK, LEFT, QUIET, RIGHT, TOP, TRAIN, WIDTH, text, ticks
 from recipes.benchmarks.card import GIB, SPARE_BYTES, fit_line
 from recipes.benchmarks.measure import Row
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpointing.loss_plot import BOTTOM, LEFT, RIGHT, TOP, _smooth, _thin, _ticks, draw_loss_curve
+from checkpointing.loss_plot import BOTTOM, LEFT, RIGHT, TOP, _smooth, _thin, draw_loss_curve, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -107,5 +107,5 @@ def test_thinning_keeps_extremes_and_order():
     ],
 )
 def test_ticks_are_round(values: list[float], expected: list[float]):
-    assert _ticks(values, 6) == pytest.approx(expected)
-    assert _ticks([1, 3], 8, whole=True) == [1.0, 2.0, 3.0]  # there is no half step
+    assert ticks(values, 6) == pytest.approx(expected)
+    assert ticks([1, 3], 8, whole=True) == [1.0, 2.0, 3.0]  # there is no half step
