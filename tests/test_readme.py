@@ -60,14 +60,32 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
-def test_numbers_are_those_of_the_raw_file():
-    raw = json.loads((ROOT / "recipes/benchmarks/benchmark_h200.json").read_text())
-    for row in raw["speed"]:
-        figures = f"{row['tokens_per_second']:,.0f} / {row['peak_gib']:.1f} ({row['percent_of_ceiling']:.0f} %)"
-        if row["settings"]["fused"] or row["settings"]["activations"] == "none":
-            assert figures in README, row["settings"]
-    confirmed = [row for row in raw["longest"] if row["settings"]["cap_gib"]]
-    assert all(row["within_cap"] and f"{row['settings']['length']:,} tokens" in README for row in confirmed)
-    fit = raw["longest_fit"]
+def test_numbers_are_those_of_the_raw_files():
+    folder = ROOT / "recipes/benchmarks"
+    h100, h200 = (json.loads((folder / f"benchmark_{card}.json").read_text()) for card in ("h100", "h200"))
+    shown = [r for r in h100["speed"] if r["settings"]["activations"] in ("fast", "none")]
+    shown += [r for r in h100["speed"] if r["settings"]["activations_gib"] == 1.2]
+    assert len(shown) == 11
+    for row in shown + h100["peers"]:
+        assert f"| {row['tokens_per_second']:,.0f} / {row['peak_gib']:.1f} |" in README, row["settings"]
+    fast = [row for row in h100["speed"] if row["settings"]["activations"] == "fast"]
+    *large, small = [row["percent_of_ceiling"] for row in fast]
+    assert fast[-1]["settings"]["preset"] == "llama-3.2-1b"
+    ceiling = f"({h100['ceilings']['matmul_tflops']:.0f} TFLOP/s)"
+    assert f"{min(large):.0f} to {max(large):.0f} %" in README and f"{small:.0f} %" in README and ceiling in README
+    fit = h100["longest_fit"]
     assert f"{fit['fixed_gib']:.1f} GiB and {fit['kb_per_token']:.0f} KB per token" in README
-    assert all(f"{row['peak_gib']:.1f} GiB" in README for row in raw["full"])
+    words = " ".join(README.split())
+    tiny, capped, longer, resident = h100["small"]
+    for row in (tiny, capped):
+        assert row["within_cap"] and f"{row['card_gib']:.1f} GiB, {row['tokens_per_second']:,.0f} tokens/s" in words
+    assert longer["within_cap"] and f"{longer['card_gib']:.1f} GiB" in words
+    share = capped["tokens_per_second"] / resident["tokens_per_second"]
+    assert f"{share:.0%}".replace("%", " %") in words and f"({resident['card_gib']:.0f} GiB)" in words
+    lora, _, qlora, loading, _ = h100["vlm"]
+    assert f"LoRA {lora['tokens_per_second']:,.0f} tokens/s at {lora['peak_gib']:.1f} GiB" in words
+    assert f"QLoRA {qlora['tokens_per_second']:,.0f} at {qlora['peak_gib']:.1f} ({qlora['card_gib']:.1f} on" in words
+    assert f"{100 * loading['idle_share']:.1f} % of its time" in words
+    confirmed = [row for row in h200["longest"] if row["settings"]["cap_gib"]]
+    assert all(row["within_cap"] and f"{row['settings']['length']:,} tokens" in README for row in confirmed)
+    assert all(f"{row['peak_gib']:.1f} GiB" in README for row in h200["full"])
