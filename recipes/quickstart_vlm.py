@@ -87,7 +87,7 @@ class Config:
     """Pictures to be examined with."""
     epochs: int = 10
     """Passes over the training pictures."""
-    lr: float = 3e-3
+    lr: float = 2e-3
     """Peak learning rate: small models like it high."""
     seed: int = 0
     """Seed of the pictures, of the first weights and of the training."""
