@@ -89,3 +89,16 @@ def test_numbers_are_those_of_the_raw_files():
     confirmed = [row for row in h200["longest"] if row["settings"]["cap_gib"]]
     assert all(row["within_cap"] and f"{row['settings']['length']:,} tokens" in README for row in confirmed)
     assert all(f"{row['peak_gib']:.1f} GiB" in README for row in h200["full"])
+
+
+def test_the_benchmarks_page_shows_the_raw_files():
+    folder = ROOT / "recipes/benchmarks"
+    h100, h200 = (json.loads((folder / f"benchmark_{card}.json").read_text()) for card in ("h100", "h200"))
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    for row in h200["speed"]:
+        figures = f"{row['tokens_per_second']:,.0f} / {row['peak_gib']:.1f} ({row['percent_of_ceiling']:.0f} %)"
+        if row["settings"]["fused"] or row["settings"]["activations"] == "none":
+            assert figures in page, row["settings"]
+    for fused in (True, False):
+        rungs = [row["max_relative_deviation"] for row in h100["rungs"] if row["settings"]["fused"] == fused]
+        assert f"within {100 * max(rungs):.2f} %" in page

@@ -12,7 +12,7 @@ from recipes import compare_methods
 from recipes.benchmarks.compare_report import LETTER, LINE, draw, place_labels, table
 from tests.tiny import ROOT, losses, run_recipe, sums, test_data, write_rows
 
-COMMITTED = ROOT / "recipes/benchmarks/compare_methods_quickstart.json"
+BENCHMARKS = ROOT / "recipes/benchmarks"
 
 
 def test_the_quickstart_s_task(tmp_path):
@@ -89,16 +89,19 @@ def test_names_cover_no_dot_and_no_other_name():
                 assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def test_the_committed_comparison_is_what_the_readme_shows(tmp_path):
-    results = json.loads(COMMITTED.read_text())
+@pytest.mark.parametrize("name", ["compare_methods_quickstart", "compare_methods_gsm8k_h100"])
+def test_the_page_shows_the_committed_figures(tmp_path, name):
+    results, page = json.loads((BENCHMARKS / f"{name}.json").read_text()), (BENCHMARKS / "README.md").read_text()
+    assert table(results) in page and f"(../assets/{name}.svg)" in page
+    draw(results, tmp_path / "picture.svg")
+    assert (tmp_path / "picture.svg").read_text() == (ROOT / f"recipes/assets/{name}.svg").read_text()
+
+
+def test_the_committed_comparison_is_whole():
+    results = json.loads((BENCHMARKS / "compare_methods_quickstart.json").read_text())
     assert {row["method"] for row in results["rows"]} <= set(METHODS) and compare_methods.SETTINGS.keys() <= set(
         METHODS
     )
     assert not any("failed" in row for row in results["rows"])
     seconds = sum(row["processor_seconds"] + row["examination_processor_seconds"] for row in results["rows"])
     assert seconds / 2 < 600  # on two cores
-    assert table(results) in (ROOT / "recipes/benchmarks/README.md").read_text(encoding="utf-8")
-    draw(results, tmp_path / "picture.svg")
-    assert (tmp_path / "picture.svg").read_text() == (
-        ROOT / "recipes/assets/compare_methods_quickstart.svg"
-    ).read_text()
