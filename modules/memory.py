@@ -33,7 +33,8 @@ def plan_memory(
 ) -> dict[str, int]:
     """Bytes by purpose for training with micro-batches of `tokens` tokens computed in `dtype`.
 
-    `streamed`: a StreamedWeights, whose parameters are not on the device but for the blocks that visit it.
+    "host" is what waits in host memory for want of room, streamed weights apart. `streamed`: a StreamedWeights, whose
+    parameters are not on the device but for the blocks that visit it.
     """
     config, size = model.config, dtype.itemsize
     D, F = config.hidden_size, config.intermediate_size
@@ -58,6 +59,9 @@ def plan_memory(
         alive = tokens * size * (5 * D + 3 * heads) + min(tokens * 4 * F * size, TILE_BYTES * 4 // 3)
         alive += tokens * size * kept_up_to_attention(model) * bool(host_budget)  # of the next block, coming back
         alive += min(8 * tokens * config.num_attention_heads * config.head_dim, WORKSPACE_BYTES)
+    inputs = tokens * size * D * (blocks - entire) if rung == "offload" else 0
+    made = tokens * size * (kept_up_to_attention(model) - D) * (blocks - entire)  # by attention, all that there is
+    moments = STATE_BYTES["adamw"] * sum(p.numel() for p in trained) if optimizer == "adamw-host" else 0
     quantised = any(hasattr(p, "__tensor_flatten__") for p in parameters.values())
     return {
         "weights": sum(storage_bytes(p) for name, p in parameters.items() if name not in away)
@@ -69,6 +73,7 @@ def plan_memory(
         "loss": sum(storage_bytes(p) for p in model.lm_head.parameters() if p.requires_grad)  # its gradient, in forward
         + min(tokens * config.vocab_size * size, CHUNK_BYTES)
         + 3 * tokens * D * size,
+        "host": inputs + int(min(host_budget, made)) + moments,
     }
 
 
@@ -110,10 +115,12 @@ def plan_vision(
 
 
 def describe_memory(plan: dict[str, int]) -> str:
-    # A block and the loss are never alive together.
-    total = sum(plan.values()) - min(plan["one block"], plan["loss"])
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
-    return f"memory: about {total / 2**30:.2f} GiB ({parts})"
+    gib = {name: size / 2**30 for name, size in plan.items()}
+    host = gib.pop("host")
+    total = sum(gib.values()) - min(gib["one block"], gib["loss"])  # which are never alive together
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in gib.items())
+    waiting = f", and {host:.2f} GiB of host memory" if host > 0.005 else ""
+    return f"memory: about {total:.2f} GiB ({parts}){waiting}"
 
 
 def storage_bytes(tensor: Tensor) -> int:

@@ -1,0 +1,39 @@
+"""The estimate that a run states before it starts, against what runs have taken on a GPU."""
+
+import json
+
+import pytest
+import torch
+
+from models import build_model
+from models.llama import PRESETS
+from modules.host_embedding import keep_embedding_on_host
+from modules.lora import add_lora
+from modules.memory import describe_memory, plan_memory
+from recipes.benchmarks.measure import Row
+from tests.tiny import ROOT
+
+MEASURED = json.loads((ROOT / "recipes/benchmarks/benchmark_h100.json").read_text(encoding="utf-8"))["speed"]
+ROWS = [(Row(**row["settings"]), row["peak_gib"], row["host_gib"]) for row in MEASURED]
+
+
+@pytest.mark.parametrize(
+    "row, peak, host",
+    [row for row in ROWS if row[0].quantize == "none" and row[0].fused],
+    ids=lambda value: f"{value.column}, {value.way}" if isinstance(value, Row) else "",
+)
+def test_the_plan_of_lora(row, peak, host):
+    model = build_model(PRESETS[row.preset] | {"architectures": ["LlamaForCausalLM"]})
+    model = model.to(torch.bfloat16).requires_grad_(False)
+    if row.embedding == "host":
+        keep_embedding_on_host(model, torch.device("meta"))
+        host -= model.model.embed_tokens.weight.nbytes / 2**30
+    add_lora(model, rank=row.rank, alpha=1.0)
+    budgets = dict(budget=row.activations_gib * 2**30, host_budget=row.activations_host_gib * 2**30)
+    measures = dict(tokens=row.batch * row.length, dtype=torch.bfloat16, fused=True, **budgets)
+    plan = plan_memory(model, row.activations, **measures)
+    waiting = plan.pop("host") / 2**30
+    total = (sum(plan.values()) - min(plan["one block"], plan["loss"])) / 2**30
+    assert peak * 0.98 < total < peak * 1.1
+    assert waiting == pytest.approx(host, abs=0.51)  # it is locked in pieces of 16 MiB, 16 at a time
+    assert describe_memory(plan | {"host": int(waiting * 2**30)}).startswith(f"memory: about {total:.2f} GiB (weights ")
