@@ -94,3 +94,20 @@ def fill(layers: Mapping[str, nn.Module], key: str, tensors: Mapping[str, Tensor
         raise ValueError(f"it does not fit this model: {', '.join(sorted(wrong))}")
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
+
+
+def truncated_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` largest singular triples of W [m, n]: U [m, r], S [r] downwards, Vᵀ [r, n], in W's dtype.
+
+    W Wᵀ = U S² Uᵀ, and Vᵀ = S⁻¹ Uᵀ W: the eigenvectors of the smaller of W Wᵀ and Wᵀ W, formed in float64, take a fifth
+    of the time that all triples take. What the squares lose lies 8 digits below the largest. (PiSSA takes all triples,
+    in float32, because peft does: the rounding of its start is part of what it saves.)
+    """
+    if W.shape[0] > W.shape[1]:
+        U, S, Vt = truncated_svd(W.t(), rank)
+        return Vt.t(), S, U.t()
+    wide = W.double()
+    squares, vectors = torch.linalg.eigh(wide @ wide.t())  # upwards
+    S, U = squares.flip(0)[:rank].clamp(min=0).sqrt(), vectors.flip(1)[:, :rank]
+    Vt = U.t() @ wide / S.clamp(min=torch.finfo(S.dtype).tiny)[:, None]
+    return U.to(W.dtype), S.to(W.dtype), Vt.to(W.dtype)

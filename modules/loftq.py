@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modules import lora_peft
+from modules.adapter_parts import truncated_svd
 from modules.lora import lora_layers
 from modules.methods import Options
 
@@ -33,9 +34,9 @@ def loftq(W: Tensor, rank: int, kind: type[nn.Linear], iterations: int = 1) -> t
     for _ in range(iterations):
         dense.weight = nn.Parameter((W.float() - low_rank).to(W.dtype), requires_grad=False)
         quantised = kind.from_linear(dense)
-        U, S, Vt = torch.linalg.svd(W.float() - quantised.dense_weight().float(), full_matrices=False)
-        root = S[:rank].sqrt()
-        A, B = root[:, None] * Vt[:rank], U[:, :rank] * root
+        U, S, Vt = truncated_svd(W.float() - quantised.dense_weight().float(), rank)
+        root = S.sqrt()
+        A, B = root[:, None] * Vt, U * root
         low_rank = B @ A
     return quantised, A, B
 

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from checkpointing.adapters import load_adapter, save_adapter
+from modules.adapter_parts import truncated_svd
 from modules.loftq import loftq
 from modules.lora import lora_layers
 from modules.methods import Options, add_method
@@ -81,3 +82,16 @@ def test_what_it_needs_is_explained(tmp_path):
     quantize_nf4(ours)
     with pytest.raises(ValueError, match="before they are quantised"):
         add_method(ours, "loftq", Options(quantize=NF4Linear))
+
+
+@pytest.mark.parametrize("shape", [(40, 96), (96, 40), (40, 40)])
+@pytest.mark.parametrize("rank", [1, 7, 40])
+def test_the_largest_singular_triples(shape, rank):
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    U, S, Vt = truncated_svd(W, rank)
+    U_all, S_all, Vt_all = torch.linalg.svd(W, full_matrices=False)
+    torch.testing.assert_close(S, S_all[:rank], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((U * S) @ Vt, (U_all * S_all)[:, :rank] @ Vt_all[:rank], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(U.t() @ U, torch.eye(rank), rtol=1e-5, atol=1e-5)
+    U, S, Vt = truncated_svd(torch.zeros(shape), rank)
+    assert not S.any() and Vt.isfinite().all() and U.isfinite().all()
