@@ -100,14 +100,14 @@ def test_an_earlier_quickstart_is_replaced(tmp_path, capsys, keep_threads):
 
 
 def test_the_readme_command_teaches_it_to_see(tmp_path):
-    """All of it, as printed; limits are those that the README promises."""
+    """All of it, as printed; limits are what is promised of it."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     script = [sys.executable, str(ROOT / "recipes" / "quickstart_vlm.py")]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # One thread: processor time is what the command takes on a machine that does nothing else.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 180
+    # One thread: processor time is what the command takes on a machine that does nothing else. Four minutes are promised.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 240
 
     table = re.findall(r"^(eyes shut|eyes open) +([\d.]+)%", done.stdout, re.M)
     shut, opened = (float(share) for _, share in table)
