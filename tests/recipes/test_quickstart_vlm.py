@@ -106,7 +106,7 @@ def test_the_readme_command_teaches_it_to_see(tmp_path):
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # One thread: processor time is what the command takes on a machine that does nothing else. Four minutes are promised.
+    # One thread: processor time is what it takes on a machine that does nothing else. Four minutes are promised.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 240
 
     table = re.findall(r"^(eyes shut|eyes open) +([\d.]+)%", done.stdout, re.M)
