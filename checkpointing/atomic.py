@@ -9,7 +9,7 @@ earlier folder steps aside first, to `.NAME.old`. Two rules make every leftover 
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -91,6 +91,20 @@ def check_vacant(path: Path) -> None:
     """A result is not overwritten: ValueError for a folder that holds something, and for a file."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"--output {path} exists already; choose another folder")
+
+
+def claim_folder(path: Path, owner: str, contents: Iterable[str]) -> None:
+    """Make a folder that a recipe fills with others; of an earlier one of its own, `contents` are deleted.
+
+    What is in it says so itself, in a file. ValueError for a folder that holds anything else: nothing of it is touched.
+    """
+    mark = path / "made_by.txt"
+    if not (mark.is_file() and mark.read_text(encoding="utf-8") == f"{owner}\n"):
+        check_vacant(path)
+        make_folder(path)
+        atomic_write_text(mark, f"{owner}\n")
+    for name in contents:
+        discard(path / name)
 
 
 def make_folder(path: Path) -> None:

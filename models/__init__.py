@@ -43,3 +43,14 @@ def build_model(config: dict) -> nn.Module:
         raise ValueError(f"config.json has a value of the wrong type: {error}") from None
     supported = ", ".join(_BY_MODEL_TYPE.values())
     raise ValueError(f"architecture {architecture!r} in config.json is not supported; supported: {supported}")
+
+
+def build_text_model(config: dict) -> LlamaForCausalLM:
+    """The same, where only a language model will do."""
+    model = build_model(config)
+    if not isinstance(model, LlamaForCausalLM):
+        raise ValueError(
+            f"--model is a {type(model).__name__}, and this recipe trains language models; one that sees is trained by "
+            "vlm_finetune.py"
+        )
+    return model

@@ -92,7 +92,8 @@ def keep_activations(
         return checkpoint(run_block, block, hidden, *inputs, use_reentrant=False)
 
     def run_plain(block: nn.Module, hidden: Tensor, *inputs) -> Tensor:
-        keep = rung_of(block, hidden) if torch.is_grad_enabled() else "none"
+        trains = hidden.requires_grad or any(p.requires_grad for p in block.parameters())
+        keep = rung_of(block, hidden) if trains and torch.is_grad_enabled() else "none"  # nothing comes back to it
         if keep == "none":
             return run_block(block, hidden, *inputs)
         if keep == "fast":

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modu
 import torch
 import tyro
 
-from checkpointing.atomic import atomic_write_text, discard, make_folder
+from checkpointing.atomic import atomic_write_text, claim_folder
 from checkpointing.errors import clear_errors, say
 from modules.device import peak_memory_gib, pick_device
 from modules.methods import METHODS
@@ -150,10 +150,7 @@ def prepare(cfg: Config) -> str:
     if bool(cfg.preset) != bool(cfg.tokenizer):
         raise ValueError("--preset and --tokenizer, the folder with that family's tokenizer.model, go together")
     train_file, held_out_file = cfg.output / "train.jsonl", cfg.output / "held_out.jsonl"
-    if train_file.exists():  # an earlier comparison's folder
-        for name in (*METHODS, "base"):
-            discard(cfg.output / name)
-    make_folder(cfg.output)
+    claim_folder(cfg.output, "compare_methods.py", (*METHODS, "base"))
     if own:
         first_lines(cfg.data, cfg.train_rows, train_file)
         first_lines(cfg.eval_data, cfg.held_out_rows, held_out_file)

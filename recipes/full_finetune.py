@@ -34,7 +34,7 @@ from data.batches import Batches, fit_seq_len
 from data.chat_templates import load_chat_template, stop_token_ids
 from data.dataset import load_dataset
 from data.tokenizers import load_tokenizer
-from models import build_model
+from models import build_text_model
 from modules.activations import keep_activations
 from modules.attention import choose_attention, describe_attention, use_attention
 from modules.compile import enable_compile
@@ -159,7 +159,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     # 3 Tokenizer and data
     folder = find_checkpoint(cfg.model)
     config = read_config(folder)
-    model = build_model(config)  # on the meta device: shapes only
+    model = build_text_model(config)  # on the meta device: shapes only
     seq_len = fit_seq_len(cfg.seq_len, model.config.max_length)
     tokenizer = load_tokenizer(folder)
     template = load_chat_template(folder, tokenizer, cfg.chat_format, now=run.started)

@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from checkpointing.adapters import load_adapter
-from checkpointing.atomic import atomic_write_text, discard, make_folder
+from checkpointing.atomic import atomic_write_text, claim_folder
 from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from data.tokenizers import load_tokenizer
@@ -75,12 +75,9 @@ def main(cfg: Config) -> None:
     started = time.perf_counter()
     torch.set_num_threads(1)  # matrices this small gain little from more, and one gives the same numbers on any CPU
     train_file, held_out_file = cfg.output / "train.jsonl", cfg.output / "held_out.jsonl"
-    if train_file.exists():  # an earlier quickstart's folder
-        for name in ("lora", "qlora"):
-            discard(cfg.output / name)
+    claim_folder(cfg.output, "quickstart.py", ("lora", "qlora"))
     rows = make_rows(cfg.train_rows + cfg.held_out_rows, cfg.seed)
     held_out, train = rows[: cfg.held_out_rows], rows[cfg.held_out_rows :]
-    make_folder(cfg.output)
     write_rows(train_file, train)
     write_rows(held_out_file, held_out)
 

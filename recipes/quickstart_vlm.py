@@ -25,7 +25,7 @@ import sentencepiece
 import torch
 import tyro
 
-from checkpointing.atomic import atomic_folder, atomic_write_text, discard, make_folder
+from checkpointing.atomic import atomic_folder, atomic_write_text, claim_folder, make_folder
 from checkpointing.errors import clear_errors
 from checkpointing.export import save_model
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
@@ -96,9 +96,7 @@ class Config:
 def main(cfg: Config) -> None:
     started = time.perf_counter()
     torch.set_num_threads(1)  # matrices this small gain little from more, and one gives the same numbers on any CPU
-    if (cfg.output / "open.jsonl").exists():  # an earlier quickstart's folder
-        for name in ("start", "pictures", "shut", "open"):
-            discard(cfg.output / name)
+    claim_folder(cfg.output, "quickstart_vlm.py", ("start", "pictures", "shut", "open"))
     rng = random.Random(cfg.seed)
     scenes = [make_scene(rng, 1 + (i % 5 > 1), held_out=False) for i in range(cfg.train_pictures)]
     write_training(cfg.output, scenes, rng)

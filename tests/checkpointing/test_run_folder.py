@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from checkpointing import run_record
+from checkpointing.atomic import claim_folder
 from checkpointing.errors import clear_errors
 from checkpointing.run_folder import RunFolder
 from checkpointing.run_record import compare_config, plain
@@ -596,3 +597,23 @@ def test_a_run_that_dies_again_and_again_equals_one_that_does_not(tmp_path: Path
     for name in ("metrics.jsonl", "adapter/adapter_config.json", "checkpoints/step-60/weights.safetensors"):
         assert quiet[name] == disturbed[name], name
     assert json.loads(disturbed["run.json"])["resumed"]
+
+
+def test_a_recipe_replaces_only_a_folder_of_its_own(tmp_path):
+    mine = tmp_path / "mine"
+    for _ in range(2):
+        claim_folder(mine, "quickstart.py", ("lora",))
+        assert not (mine / "lora").exists()
+        (mine / "lora").mkdir()
+        (mine / "kept.txt").write_text("a note")
+    assert (mine / "kept.txt").exists()
+    for owner in ("quickstart.py", "compare_methods.py"):
+        foreign = tmp_path / "foreign"
+        (foreign / "lora").mkdir(parents=True, exist_ok=True)
+        (foreign / "train.jsonl").write_text("{}")
+        before = sorted(foreign.rglob("*"))
+        with pytest.raises(ValueError, match="exists already; choose another folder"):
+            claim_folder(foreign, owner, ("lora",))
+        assert sorted(foreign.rglob("*")) == before
+    with pytest.raises(ValueError, match="exists already"):
+        claim_folder(mine, "compare_methods.py", ("lora",))

@@ -172,6 +172,20 @@ def test_fewer_bytes_are_kept_down_the_ladder():
     assert kept["lean"] < 0.5 * kept["none"], kept
 
 
+@pytest.mark.parametrize("rung", ["fast", "lean", "offload"])
+def test_blocks_before_all_that_is_trained_run_once(rung, monkeypatch):
+    ids, layout = ids_and_layout(False)
+    calls = []
+    for targets, expected in ((("lm_head",), 3), (("layers.2.mlp.up_proj",), 4)):
+        model = make_model(targets)
+        keep_activations(model, rung)
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda *_: calls.append(1))
+        loss_and_gradients(model, layout, ids)
+        assert len(calls) == expected
+        calls.clear()
+
+
 def test_every_and_budget_choose_blocks(monkeypatch):
     ids, layout = ids_and_layout(False)
     model = make_model()

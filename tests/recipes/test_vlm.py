@@ -365,3 +365,10 @@ def test_the_projector_alone(base, tmp_path, flags):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "multi_modal_projector" in name}
     train(base, tmp_path / "next", "--model", tmp_path / "run/model", steps=1)
+
+
+@pytest.mark.parametrize("recipe", ["lora_finetune", "peft_finetune", "full_finetune", "pretrain"])
+def test_recipes_for_text_say_that_it_sees(base, tmp_path, recipe):
+    data = ("--data", base / "rows.jsonl", "--output", tmp_path / "run")
+    done = run_recipe(recipe, "--model", base / "base", *data, check=False)
+    assert done.returncode == 2 and "trained by vlm_finetune.py" in done.stderr and "Traceback" not in done.stderr
