@@ -1,5 +1,8 @@
 """Llama, from Llama 1 to 3.3 and everything that shares its architecture (TinyLlama, SmolLM2, Vicuna, …).
 
+This file holds the configuration, the order of the layers and the model around them. What a layer computes stands in
+modules/: attention.py, feed_forward.py, norm.py and rotary_embedding.py.
+
 Module names are those of the Hugging Face checkpoint, so the state dict *is* the checkpoint. The model returns hidden
 states; turning them into a loss is `modules/loss.py`'s business, because the full logits are the largest tensor of a
 training step and nobody needs them.

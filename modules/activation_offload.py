@@ -1,9 +1,9 @@
 """Activations that wait for their backward in host memory.
 
 A block's input is needed twice, in forward and a whole pass later in backward. In between it can leave the card: 8 KB
-per token and block of an 8B Llama (2.1 GB for 8,192 tokens) travel on a side stream while the next blocks compute, and
-come back one block ahead of their use. Moving a block's input takes a hundredth of computing the block, so the
-transfer hides; what was put last is needed first and stays on the card until the next one is put.
+per token and block of an 8B Llama (2.1 GB for 8,192 tokens and its 32 blocks) travel on a side stream while the next
+blocks compute, and come back one block ahead of their use. Moving a block's input takes a hundredth of computing the
+block, so the transfer hides; what was put last is needed first and stays on the card until the next one is put.
 
 With the input, tensors can travel that an autograd graph holds on to, such as what attention saved for its backward.
 These stay where they are, and so does the graph; it is their memory that is given back, and filled again in time.
@@ -46,6 +46,8 @@ class Offloaded:
 
     def leave(self) -> None:
         self.resident = None
+        # The trick: autograd's graph goes on referring to tensors whose storage is empty now. That is safe because
+        # `make_room` and a copy fill it again before backward reads them.
         for storage in self.held:
             storage.resize_(0)
 

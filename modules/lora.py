@@ -24,10 +24,13 @@ class LoRALinear(nn.Linear):
 
     `weight` and `bias` keep their names, so the base checkpoint's keys still fit; the adapter adds `lora_A.weight` and
     `lora_B.weight`, PEFT's names. The adapter is float32 unless said otherwise and is cast to x's dtype where used.
+
+    For these keys (`q_proj.weight`, not `q_proj.base.weight`) the layer inherits from nn.Linear instead of holding one,
+    and calls `base_class.forward(self, x)`: the base's class knows how the weight is stored, and finds it here.
     """
 
     embedding: type[LoRAEmbedding] | None = LoRAEmbedding
-    """What this class is for an embedding; None: it has no such form."""
+    """What `add_lora` puts in place of a target that is an embedding; None: it refuses such targets."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")

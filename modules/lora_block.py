@@ -6,14 +6,18 @@ it knows what autograd does not: which of a block's values are cheap to have aga
     q, k, v  = n W_qkvᵀ + LoRA, rotated        x' = x + attention(q, k, v) W_oᵀ + LoRA
     gate, up = n' W_guᵀ + LoRA                 y  = x' + (silu(gate) · up) W_dᵀ + LoRA
 
+LoRA's own products of rank r are, in each line, a = s · x Aᵀ in forward and g = dy B in backward, with x what the line
+reads and y what it makes (modules/lora_products.py).
+
 A frozen product needs nothing kept for its backward, dx = dy W. The rest needs, per token of an 8B Llama in bfloat16,
 x 8 KB, x' 8, q k v 12, attention's output 8 and gate and up 57, together 94 KB; everything else (norms, silu · up, the
 rank-r products) is one pass over memory away. What is kept is the caller's choice:
 
     fast       those 94 KB: no matrix product is computed a second time
-    lean       x: everything up to gate and up is computed again, the product with W_d, whose result nobody needs, not
+    lean       x: everything up to gate and up is computed again; the product with W_d is not, nobody needs its result
     offload    x, in host memory
-    attention  x and the 28 KB up to x', in host memory: only gate and up are computed again
+    attention  x and the 28 KB up to x', in host memory: only gate and up are computed again. No flag has this name: it
+               is how `--activations offload --activations-host-gib G` runs the first blocks, as many as fit into G
 
 The feed-forward runs over tiles of tokens, and attention over groups of heads, so that what is alive inside a block
 grows with neither gate and up (57 KB per token) nor the float32 workspace of attention's backward (32 KB).
@@ -78,7 +82,7 @@ class How(NamedTuple):
     layers: BlockLayers
     keep: str
     offload: ActivationOffload | None
-    bind: Callable[[], None]
+    bind: Callable[[], None]  # called before weights are read: brings them to the card where they are streamed
 
 
 class FusedBlock(torch.autograd.Function):
@@ -135,7 +139,7 @@ class FusedBlock(torch.autograd.Function):
 class Kept(NamedTuple):
     """What a block's backward needs besides x."""
 
-    heads: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # q, k, v, output of each group of heads: a graph of autograd's
+    heads: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # q, k, v, output of each group, which autograd connects
     a_qkv: Tensor | None
     a_o: Tensor | None
     x_mid: Tensor | None
@@ -160,7 +164,7 @@ class _Pass:
         self.tiles = [slice(start, min(start + tile, B * T)) for start in range(0, B * T, tile)]
 
     def first_half(self, x: Tensor, *, sent_away: bool = False) -> Kept:
-        """x' = x + attention, with what its backward needs; `sent_away`: and a list of what its graph holds on to."""
+        """x' = x + attention, with what its backward needs; `saved` is filled only if that will be `sent_away`."""
         layers = self.layers
         qkv, a_qkv = layers.qkv.forward(rms_norm(x, layers.norm.weight, layers.norm.eps))
         q, k, v = split_and_rotate(qkv, *self.tables, layers.heads, layers.kv_heads)
@@ -209,7 +213,7 @@ class _Pass:
         gate_up, a, a_down = kept
         dh, g_down = layers.down.backward(dy)
         swiglu_backward_(*gate_up.chunk(2, dim=1), dh)
-        dgate_up, h = gate_up, dh
+        dgate_up, h = gate_up, dh  # the same memory by its new names: the line above overwrote all three
         if a_down is None:
             a_down = layers.down.low_rank(h)
         grads_down = layers.down.gradients(dy, g_down, h, a_down)

@@ -1,4 +1,5 @@
-"""The table of parameter-efficient methods. Each is one file that explains it, and holds these functions:
+"""The table of parameter-efficient methods. Each is one file that explains it, and holds these functions, which are
+explained here for all of them:
 
     add(model, options)                    put the method into a model and freeze everything else
     export(model)                          → (fields of PEFT's adapter_config.json, tensors by PEFT's name)

@@ -2,9 +2,9 @@
 
 Each weight becomes one of 16 values, the quantiles of a normal distribution scaled to [-1, 1], times the largest
 magnitude of its block of 64. Those block scales are quantised once more, to 8 bits per scale with one float per 256
-of them ("double quantisation", Sec. 3), which brings the cost to 4.13 bits per weight; the error is 9.2 % of normally
-distributed weights. The weights are frozen: forward and backward both need W only as a factor, so a matrix is
-dequantised where it is used and dropped again.
+of them ("double quantisation", Sec. 3), which brings the cost to 4.13 bits per weight; the root mean square error is
+9.2 % of that of normally distributed weights. The weights are frozen: forward and backward both need W only as a
+factor, so a matrix is dequantised where it is used and dropped again.
 
 Storage and subclass behaviour are torchao's; quantising and dequantising are written out here, because torchao's
 index with int64 and need 8 to 64 bytes per weight on the way. The scale statistics are kept in float32 whatever
@@ -49,15 +49,15 @@ def quantize_nf4_tensor(weight: Tensor, dtype: torch.dtype | None = None) -> NF4
     for start in range(0, flat.numel(), _chunk(block)):
         part = flat[start : start + _chunk(block)].view(-1, block).float()
         scale = scales[start // block : start // block + part.shape[0], None]
-        codes = torch.bucketize(part / scale, midpoints, out_int32=True)
-        codes = codes.masked_fill_(scale == 0, ZERO_CODE).to(torch.uint8).view(-1, 2)
+        codes = torch.bucketize(part / scale, midpoints, out_int32=True)  # 0 / 0 in a block of zeros: any code, as …
+        codes = codes.masked_fill_(scale == 0, ZERO_CODE).to(torch.uint8).view(-1, 2)  # … its weights are set here
         packed[start // 2 : start // 2 + codes.shape[0]] = codes[:, 0] << 4 | codes[:, 1]
 
     mean = scales.mean()
     scale_block = _largest_divisor(scales.numel(), SCALE_BLOCK)
     centred = (scales - mean).view(-1, scale_block)
-    factor = 256 / (2 * centred.abs().amax(1))
-    factor = torch.where(torch.isfinite(factor), factor, 1.0)
+    factor = 256 / (2 * centred.abs().amax(1))  # as torchao: the largest becomes ±128, and +128 is cut to 127 below
+    factor = torch.where(torch.isfinite(factor), factor, 1.0)  # infinite where all scales are alike
     scales_int8 = (centred * factor[:, None]).round().clamp(-128, 127).to(torch.int8).view(-1)
     return _nf4_tensor(weight.shape, dtype, block, scale_block, packed, scales_int8, factor, mean, levels)
 

@@ -34,14 +34,14 @@ from modules.attention import Attention, SequenceLayout, padded_layout
 from modules.methods import Options
 from modules.virtual_tokens import KEY, Table, add_embedding, config_of, read_table, start_ids
 
-VIRTUAL_TOKENS = True
+VIRTUAL_TOKENS = True  # tells the recipes to put n placeholders in front of every row
 
 
 class PrefixAttention(Attention):
     """Attention in which the first n tokens of every document have the keys and values `prefix()`, [n, 2 · K · H]."""
 
     def __init__(self, base: Attention, prefix: nn.Module):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not Attention's: it would make four new layers, and the base's are taken over
         self.head_dim = base.head_dim
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = base.q_proj, base.k_proj, base.v_proj, base.o_proj
         self.prefix = prefix.to(base.q_proj.weight.device)
