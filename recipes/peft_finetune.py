@@ -374,7 +374,9 @@ def train(cfg: Config, run: RunFolder) -> None:
             batch = batch.to(device, dtype)
             with autocast:
                 # hidden [B, T, D]; targets [N] stand at the flat positions target_index [N]. For a loss of your own:
-                # logits = model.logits(hidden.flatten(0, 1)[batch.target_index]) [N, V] are what they belong to.
+                # logits = model.logits(hidden.flatten(0, 1)[batch.target_index]) [N, V] are what they belong to. The
+                # memory plan counts no whole logits: to weigh tokens, modules/loss.py's linear_logprobs does without.
+                # Evaluation stays plain cross entropy (modules/evaluation.py).
                 hidden = model(batch.input_ids, batch.layout)
                 loss = linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index) / tokens
             del hidden  # backward frees what it has used, unless a name still holds it
