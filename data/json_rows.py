@@ -47,7 +47,7 @@ def _json_lines(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[
     for number, line in lines:
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line.rstrip("\r\n"))  # with its end, an error there would be on line 2
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: not valid JSON (one object per line): {_reason(error)}") from None
 
@@ -86,7 +86,7 @@ def _skip(text: str, position: int) -> int:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 

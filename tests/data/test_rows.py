@@ -64,7 +64,12 @@ def test_json_array(tmp_path):
         ("[\n]", "data.jsonl is empty: its array holds no rows"),
         (
             '{"text": "a"}\n{"text": }\n',
-            "data.jsonl:2: not valid JSON (one object per line): Expecting value at column",
+            "data.jsonl:2: not valid JSON (one object per line): Expecting value at column 10",
+        ),
+        ('{"text": \r\n', "data.jsonl:1: not valid JSON (one object per line): Expecting value at column 10"),
+        (
+            '{"text": "a\n',
+            "data.jsonl:1: not valid JSON (one object per line): Unterminated string starting at column 10",
         ),
         ('{"text": "a"}\n["a"]\n', """data.jsonl:2: a row must be an object like {"text": …}, got ["a"]"""),
         ('{\n "text": "a"\n}\n', "data.jsonl:1: not valid JSON (one object per line): "),
