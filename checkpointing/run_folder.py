@@ -13,14 +13,18 @@ A run has ended when run.json says `finished` and the results that it names ther
 
 import fcntl
 import json
+import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from checkpointing.atomic import atomic_write_text, discard, make_folder, remove_folder, restore_folder
 from checkpointing.errors import say
@@ -46,7 +50,7 @@ class RunFolder:
         self.adapter, self.model = path / "adapter", path / "model"
         self.stop_requested = self.finished = False
         self._record: dict = {}
-        self._undrawn = False
+        self._undrawn = self._diverged = False
         self._handlers: dict[int, Any] = {}
         self._lock: int | None = None
 
@@ -89,10 +93,18 @@ class RunFolder:
         compare_config(saved, here)
 
     def log(self, row: dict) -> None:
-        """Append a row to metrics.jsonl: valid JSON (NaN and infinities as strings), floats to the last bit."""
+        """Append a row to metrics.jsonl: valid JSON (NaN and infinities as strings), floats to the last bit.
+
+        The first `loss` that is not finite is announced.
+        """
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(plain(row)) + "\n")
         self._undrawn = True
+        if not self._diverged and not math.isfinite(row.get("loss", 0.0)):
+            self._diverged, saved = True, self.latest_checkpoint()
+            last = f"the last checkpoint is from step {_step(saved)}" if saved else "no checkpoint was saved before"
+            found = f"the loss is {plain(row['loss'])} at step {row['step']}: the run has diverged"
+            tqdm.write(f"{found}; stop it and start anew with a lower --lr ({last})", file=sys.stderr)
 
     def cut_metrics(self, step: int) -> None:
         """Drop the rows after `step`, and a last line that a kill cut short: the resumed run writes them again."""

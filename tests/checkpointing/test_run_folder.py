@@ -349,6 +349,23 @@ def test_metrics_keep_every_bit_and_are_valid_json(tmp_path: Path):
     assert "training" in (tmp_path / "loss.svg").read_text()  # close() has drawn it
 
 
+def test_a_loss_that_is_not_finite_is_announced_once(tmp_path: Path, capsys: pytest.CaptureFixture):
+    with start(tmp_path) as run:
+        run.log({"step": 1, "loss": 2.0})
+        run.log({"step": 1, "eval_loss": math.nan})
+        save_checkpoint(run, 1)
+        assert not capsys.readouterr().err
+        for step, loss in ((2, math.nan), (3, math.inf)):
+            run.log({"step": step, "loss": loss})
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "the loss is NaN at step 2: " in said
+    assert "--lr" in said and "the last checkpoint is from step 1" in said
+    with start(tmp_path / "other") as run:
+        run.log({"step": 1, "loss": math.inf})
+    said = capsys.readouterr().err
+    assert "the loss is Infinity at step 1: " in said and "no checkpoint was saved" in said
+
+
 @pytest.mark.parametrize("torn", ['{"step": 7, "lo', '{"step": 3, "loss": 1.0', "\0\0\0", "7", ""])
 def test_metrics_are_cut_to_the_checkpoint(torn: str, tmp_path: Path):
     with start(tmp_path) as run:
