@@ -15,6 +15,7 @@ our PiSSA, OLoRA and LoftQ), for rsLoRA, for PiSSA and OLoRA as peft saves them,
 """
 
 import json
+import math
 import shutil
 import sys
 from collections import defaultdict
@@ -186,6 +187,8 @@ def combine_folders(cfg: Combine) -> dict:
     check_vacant(cfg.output)
     if len(cfg.adapters) != len(cfg.weights):
         raise ValueError(f"--weights has {len(cfg.weights)} numbers for {len(cfg.adapters)} --adapters")
+    if not all(map(math.isfinite, cfg.weights)):
+        raise ValueError(f"--weights {' '.join(map(str, cfg.weights))} must be finite numbers")
     configs = [read_folder(folder)[0] for folder in cfg.adapters]
     for folder, config in zip(cfg.adapters, configs, strict=True):
         if (method := method_of(config)) not in ("lora", "rslora"):

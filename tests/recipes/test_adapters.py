@@ -243,6 +243,10 @@ def test_mistakes_are_one_line(base, tmp_path):
         (("inspect", tmp_path / "nothing"), "is not a folder"),
         (("combine", "--adapters", a, a, "--weights", "1", "--output", tmp_path / "x"), "1 numbers for 2"),
         (
+            ("combine", "--adapters", a, a, "--weights", "1", "nan", "--output", tmp_path / "x"),
+            "--weights 1.0 nan must be finite numbers",
+        ),
+        (
             ("combine", "--adapters", a, dora, "--weights", "1", "1", "--output", tmp_path / "x"),
             "convert it",
         ),
