@@ -42,8 +42,10 @@ def build_optimizer(
 
     bfloat16 parameters are updated with stochastic rounding, by all three. `groups` divides the parameters, each group
     with its `params` by name and its `lr` (LoRA+) or the `lr_ratio` that a recipe's loop reads. Raises ValueError for
-    an unknown name, or if torchao is missing.
+    an unknown name, a learning rate that is not positive, or if torchao is missing.
     """
+    if not 0 < lr < math.inf:
+        raise ValueError(f"--lr {lr} must be a positive number")
     groups = [
         group | {"params": [p for p in group["params"].values() if (p.ndim >= 2) == decays], "weight_decay": decay}
         for group in groups or [{"params": parameters}]

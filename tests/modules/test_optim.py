@@ -46,6 +46,13 @@ def test_which_optimizer():
         build_optimizer("adam", wide, **settings)
 
 
+@pytest.mark.parametrize("lr", [-1.0, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_learning_rates_that_are_none(name, lr):
+    with pytest.raises(ValueError, match=f"--lr {lr} must be a positive number"):
+        build_optimizer(name, {"w": nn.Parameter(torch.ones(2, 2))}, lr=lr, weight_decay=0.0)
+
+
 def test_a_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch):
     for name in ("modules.optim_8bit", "modules.torchao_parts"):
         monkeypatch.delitem(sys.modules, name, raising=False)
