@@ -58,10 +58,16 @@ def find_saved(
     names = sorted({name.removeprefix(PREFIX).partition(f".{key}")[0] for name in tensors})
     modules = dict(model.named_modules())
     if missing := [f"{name} (no such {kind.__name__})" for name in names if not isinstance(modules.get(name), kind)]:
-        raise ValueError(f"it does not fit this model: {', '.join(missing)}")
+        raise ValueError(f"it does not fit this model: {first_few(missing)}")
     if not names:
         raise ValueError("it holds no tensors")
     return {name: modules[name] for name in names}
+
+
+def first_few(faults: Sequence[str], most: int = 3) -> str:
+    """What an error lists of many like faults: an adapter for another model fits in none of its modules."""
+    more = f" and {len(faults) - most} more" if len(faults) > most else ""
+    return ", ".join(faults[:most]) + more
 
 
 def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> list[str]:
@@ -83,7 +89,7 @@ def tensors_of(layers: Mapping[str, nn.Module], key: str) -> dict[str, nn.Parame
 
 @torch.no_grad()
 def fill(layers: Mapping[str, nn.Module], key: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved tensors into the layers. Raises one ValueError that lists all that does not fit."""
+    """Copy saved tensors into the layers. Raises one ValueError for all that does not fit."""
     parameters = tensors_of(layers, key)
     wrong = [f"{name} is missing" for name in parameters.keys() - tensors.keys()]
     wrong += [f"{name} is not used" for name in tensors.keys() - parameters.keys()]
@@ -91,7 +97,7 @@ def fill(layers: Mapping[str, nn.Module], key: str, tensors: Mapping[str, Tensor
         if (found := tuple(tensors[name].shape)) != (expected := tuple(parameters[name].shape)):
             wrong.append(f"{name} is {found}, expected {expected}")
     if wrong:
-        raise ValueError(f"it does not fit this model: {', '.join(sorted(wrong))}")
+        raise ValueError(f"it does not fit this model: {first_few(sorted(wrong))}")
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.adapter_parts import FrozenLinear, replace_modules
+from modules.adapter_parts import FrozenLinear, first_few, replace_modules
 from modules.adapter_switch import base_layer
 from modules.lora_peft import factor_names
 
@@ -168,7 +168,7 @@ class LoRASet:
             elif (shapes[0][1], shapes[1][0]) != (layer.in_features, layer.out_features):
                 wrong.append(f"{path} (A {shapes[0]}, B {shapes[1]}, layer {tuple(layer.weight.shape)})")
         if wrong:
-            raise ValueError(f"the adapter does not fit this model: {', '.join(wrong)}")
+            raise ValueError(f"the adapter does not fit this model: {first_few(wrong)}")
 
     def _put(self, name: str, settings: dict[str, dict], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         layers = self.layers

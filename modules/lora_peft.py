@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from modules.adapter_parts import replace_modules
+from modules.adapter_parts import first_few, replace_modules
 from modules.lora import LoRALinear, add_lora, lora_layers
 from modules.lora_embedding import LoRAEmbedding, lora_embeddings
 from modules.methods import Options
@@ -75,7 +75,7 @@ def load(
 ) -> list[str]:
     """Freeze the model and put a saved adapter into it, as layers of this class.
 
-    Raises one ValueError that lists every module that the model lacks or whose shapes differ.
+    Raises one ValueError for all modules that the model lacks or whose shapes differ.
     """
     settings, tensors = read_layers(config, tensors)
     model.requires_grad_(False)
@@ -94,7 +94,7 @@ def load(
         if found != wanted:
             wrong.append(f"{name} (it holds {found}, expected {wanted})")
     if wrong:
-        raise ValueError(f"it does not fit this model: {', '.join(wrong)}")
+        raise ValueError(f"it does not fit this model: {first_few(wrong)}")
     for name, module in new.items():
         with torch.no_grad():
             for key, parameter in adapter_of(module).items():

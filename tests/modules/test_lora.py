@@ -93,6 +93,13 @@ def test_wrong_adapters_are_explained(tmp_path):
     get_peft_model(other, LoraConfig(**make)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"layers.2.self_attn.q_proj \(no such"):
         load_adapter(ours, tmp_path / "adapter")
+    whole, _ = make_pair(tmp_path / "other")
+    get_peft_model(whole, LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "whole")
+    _, narrow = make_pair(tmp_path / "narrow", hidden_size=24)
+    words = r"layers.0.mlp.down_proj \(.*layers.0.mlp.up_proj \(.* and 11 more$"
+    with pytest.raises(ValueError, match=words) as caught:
+        load_adapter(narrow, tmp_path / "whole")
+    assert str(caught.value).count("expected") == 3
     with pytest.raises(ValueError, match="not a folder"):
         load_adapter(ours, tmp_path / "nothing")
     (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"\0" * 40)
