@@ -115,8 +115,11 @@ def test_a_run_that_is_not_a_quickstart_stays(tmp_path, keep_threads):
     adapter = tmp_path / "lora" / "adapter" / "adapter_config.json"
     adapter.parent.mkdir(parents=True)
     adapter.write_text("{}")
-    with pytest.raises(ValueError, match="lora"):
-        quickstart.main(quickstart.Config(output=tmp_path, train_rows=8, held_out_rows=2, epochs=1))
+    (tmp_path / "train.jsonl").write_text("{}")  # a name that other folders have, too
+    for _ in range(2):
+        with pytest.raises(ValueError, match="choose another folder"):
+            quickstart.main(quickstart.Config(output=tmp_path, train_rows=8, held_out_rows=2, epochs=1))
+    assert (tmp_path / "train.jsonl").read_text() == "{}"
     assert adapter.read_text() == "{}"
 
 
