@@ -263,7 +263,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         say(streamed.describe())
     if new_rows:
         added = grow_vocabulary(model, max(new_rows) + 1)
-        say(f"new tokens: rows {new_rows} are trained, {added} of them begin as the mean of the old ones")
+        say(f"new tokens: rows {new_rows} are trained; {added} rows were added, each the mean of the old ones")
 
     # -----------------------------------------------------------------------------------------------------------------
     # 5 Adapters / quantisation

@@ -114,7 +114,7 @@ def test_under_memory_measures(base, tmp_path, what):
 @pytest.mark.parametrize("model", ["untied", "tied"])
 def test_new_tokens_are_written_and_nothing_else_changes(base, tmp_path, model):
     done = train(base, tmp_path / "run", model, *NEW, steps=60)
-    assert "2 of them begin as the mean of the old ones" in done.stderr
+    assert "2 rows were added, each the mean of the old ones" in done.stderr
     adapter = tmp_path / "run/adapter"
     config = json.loads((adapter / "adapter_config.json").read_text())
     size = json.loads((base / model / "config.json").read_text())["vocab_size"]
