@@ -83,8 +83,9 @@ class Batches:
         pad_multiple: int = 1,
         image_workers: int | None = None,
     ):
-        if batch_size < 1 or grad_accum < 1:
-            raise ValueError(f"--batch-size {batch_size} and --grad-accum {grad_accum} must be at least 1")
+        for flag, count in (("--batch-size", batch_size), ("--grad-accum", grad_accum)):
+            if count < 1:
+                raise ValueError(f"{flag} {count} must be at least 1")
         self.dataset, self.batch_size, self.grad_accum = dataset, batch_size, grad_accum
         self.packing, self.seq_len = packing, seq_len
         self.shuffle, self.seed = shuffle, seed
@@ -123,8 +124,10 @@ class Batches:
 
     def total_steps(self, epochs: int, max_steps: int | None) -> int:
         """Optimizer steps of a run of `epochs` epochs that ends at `max_steps` at the latest."""
-        if epochs < 1 or (max_steps is not None and max_steps < 0):
-            raise ValueError(f"--epochs {epochs} must be at least 1 and --max-steps {max_steps} not negative")
+        if epochs < 1:
+            raise ValueError(f"--epochs {epochs} must be at least 1")
+        if max_steps is not None and max_steps < 0:
+            raise ValueError(f"--max-steps {max_steps} must not be negative")
         steps = 0
         for epoch in range(epochs):
             if max_steps is not None and steps >= max_steps:

@@ -47,8 +47,13 @@ def find_targets(model: nn.Module, targets: Sequence[str], kind: type[nn.Module]
     hits = {target: [name for name in modules if f".{name}".endswith(f".{target}")] for target in targets}
     if unknown := [target for target in targets if not hits[target]]:
         known = sorted({name.rpartition(".")[2] for name in modules})
-        raise ValueError(f"--targets {', '.join(unknown)} name no {kind.__name__}; the model has {', '.join(known)}")
+        raise ValueError(f"{names_no('--targets', unknown, kind.__name__)}; the model has {', '.join(known)}")
     return {name: module for name, module in modules.items() if any(name in names for names in hits.values())}
+
+
+def names_no(flag: str, unknown: Sequence[str], kind: str) -> str:
+    """How an error begins that accuses a flag's values: `--targets q_prj names no Linear`."""
+    return f"{flag} {', '.join(unknown)} name{'s' * (len(unknown) == 1)} no {kind}"
 
 
 def find_saved(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.adapter_parts import names_no
 from modules.lora_embedding import LoRAEmbedding
 from modules.peft_names import look_up
 
@@ -114,10 +115,10 @@ def add_lora(
     names = [name for name in layers if any(_names(target, name) for target in targets)]
     if unknown := [target for target in targets if not any(_names(target, name) for name in layers)]:
         known = sorted({name.rpartition(".")[2] for name in layers})
-        raise ValueError(f"--targets {', '.join(unknown)} name no linear layer; the model has {', '.join(known)}")
+        raise ValueError(f"{names_no('--targets', unknown, 'linear layer')}; the model has {', '.join(known)}")
     for flag, pattern in (("--rank-pattern", rank_pattern), ("--alpha-pattern", alpha_pattern)):
         if unknown := [key for key in pattern or {} if not any(look_up({key: True}, name, False) for name in names)]:
-            raise ValueError(f"{flag} {', '.join(unknown)} names no layer that --targets names")
+            raise ValueError(names_no(flag, unknown, "layer that --targets names"))
     model.requires_grad_(False)
     for name in names:
         kind = layer if isinstance(layers[name], nn.Linear) else getattr(layer, "embedding", None)

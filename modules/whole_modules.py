@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from modules.adapter_parts import names_no
 from modules.peft_names import PREFIX
 from modules.vocabulary import EMBEDDING, HEAD, is_tied, untie_head
 
@@ -30,7 +31,7 @@ def train_whole_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
     hits = {wanted: [name for name in modules if f".{name}".endswith(f".{wanted}")] for wanted in names}
     if unknown := [wanted for wanted in names if not hits[wanted]]:
         own = sorted({name.split(".")[-2] for name, _ in model.named_parameters()})
-        raise ValueError(f"--modules-to-save {', '.join(unknown)} name no module; the model has {', '.join(own)}")
+        raise ValueError(f"{names_no('--modules-to-save', unknown, 'module')}; the model has {', '.join(own)}")
     found = _outermost({name for matched in hits.values() for name in matched})
     for key, p in model.named_parameters():
         if not key.startswith(tuple(f"{name}." for name in found)):

@@ -75,6 +75,18 @@ def test_steps_group_micro_batches_and_go_on_from_anywhere():
     assert batches().total_steps(3, 4) == 4 and batches().total_steps(3, 0) == 0
 
 
+def test_only_the_guilty_flag_is_accused():
+    batches = Batches(Dataset(LENGTHS), batch_size=2)
+    for call, words in [
+        (lambda: Batches(Dataset(LENGTHS), batch_size=0), "--batch-size 0 must be at least 1"),
+        (lambda: Batches(Dataset(LENGTHS), batch_size=2, grad_accum=-1), "--grad-accum -1 must be at least 1"),
+        (lambda: batches.total_steps(0, 2), "--epochs 0 must be at least 1"),
+        (lambda: batches.total_steps(1, -2), "--max-steps -2 must not be negative"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{words}$"):
+            call()
+
+
 def test_packed_collation():
     batches = Batches(Dataset([3, 2, 4]), batch_size=2, packing=True, seq_len=6, pad_id=7)
     (batch,) = batches.one_epoch()

@@ -114,7 +114,7 @@ def test_mistakes_are_explained(tmp_path):
     for options, words in [
         (Options(rank=0), "--rank 0, the size of the bottleneck"),
         (Options(dropout=1.0), "--dropout 1.0"),
-        (Options(targets=("q_proj",)), "--targets q_proj name no FeedForward; the model has mlp"),
+        (Options(targets=("q_proj",)), "--targets q_proj names no FeedForward; the model has mlp"),
     ]:
         with pytest.raises(ValueError, match=words):
             add_method(ours, "parallel", options)

@@ -89,8 +89,10 @@ def test_a_bfloat16_model_feels_small_changes():
 
 def test_mistakes_are_explained(tmp_path):
     reference, ours = make_pair(tmp_path / "base")
-    with pytest.raises(ValueError, match="--targets k_prj name no Linear"):
+    with pytest.raises(ValueError, match="--targets k_prj names no Linear"):
         add_method(ours, "ia3", Options(targets=("k_prj",)))
+    with pytest.raises(ValueError, match="--targets k_prj, v_prj name no Linear"):
+        add_method(ours, "ia3", Options(targets=("k_prj", "q_proj", "v_prj")))
     with pytest.raises(ValueError, match="--targets is empty"):
         add_method(ours, "ia3", Options(targets=()))
     other, _ = make_pair(tmp_path / "other", intermediate_size=40, num_hidden_layers=3)

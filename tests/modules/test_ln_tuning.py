@@ -50,9 +50,11 @@ def test_float32_weights_over_bfloat16():
 
 def test_mistakes_are_explained(tmp_path):
     _, ours = make_pair(tmp_path / "base")
-    with pytest.raises(ValueError, match="--targets q_proj name no RMSNorm; the model has input_layernorm, norm"):
+    with pytest.raises(ValueError, match="--targets q_proj names no RMSNorm; the model has input_layernorm, norm"):
         add_method(ours, "ln", Options(targets=("q_proj",)))
     other, _ = make_pair(tmp_path / "other", hidden_size=32)
     get_peft_model(other, LNTuningConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"model.norm.ln_tuning_layers.weight is \(32,\), expected \(48,\)"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.input_layernorm.ln_tuning_layers.weight is \(32,\), expected \(48,\)"
+    ):
         load_adapter(ours, tmp_path / "adapter")

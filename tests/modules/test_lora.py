@@ -138,7 +138,8 @@ def test_bad_options_are_explained(tmp_path):
     for options, word in [
         (dict(rank=0), "--rank 0"),
         (dict(dropout=1.0), "--dropout"),
-        (dict(targets=("q_prj", "v_proj")), "q_prj name no linear layer"),
+        (dict(targets=("q_prj", "v_proj")), "--targets q_prj names no linear layer"),
+        (dict(targets=("q_prj", "v_prj")), "--targets q_prj, v_prj name no linear layer"),
         (dict(targets=()), "empty"),
     ]:
         with pytest.raises(ValueError, match=word):

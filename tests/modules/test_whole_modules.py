@@ -86,7 +86,8 @@ def test_what_cannot_be_trained_is_explained(tmp_path):
     quantize_nf4(model)
     add_method(model, "lora", Options(rank=4, targets=("q_proj", "lm_head")))
     for names, words in (
-        (["norm", "lm_haed"], "lm_haed name no module; the model has .*lm_head"),
+        (["norm", "lm_haed"], "lm_haed names no module; the model has .*lm_head"),
+        (["nrom", "lm_haed"], "nrom, lm_haed name no module"),
         (["lm_head"], "trained already; leave its module out of --targets"),
         (["k_proj"], "NF4Linear cannot be trained"),
     ):
