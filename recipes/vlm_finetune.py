@@ -9,6 +9,7 @@ saved as OUTPUT/adapter, in PEFT's format, a projector trained in full beside it
 full, it is OUTPUT/model, a Hugging Face folder with the adapters merged.
 """
 
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -264,7 +265,10 @@ def train(cfg: Config, run: RunFolder) -> None:
     trainable = {name: p for part in trained.values() for name, p in part.items()}
     say(describe_trained(model))
     rates = {"vision": cfg.vision_lr, "projector": cfg.projector_lr, "language": cfg.language_lr}
-    ratios = {part: 1.0 if rate is None else rate / cfg.lr for part, rate in rates.items()}
+    if wrong := [f"--{part}-lr {rate}" for part, rate in rates.items() if rate is not None and not 0 < rate < math.inf]:
+        raise ValueError(f"{', '.join(wrong)} must be a positive number")
+    # --lr 0 is build_optimizer's to refuse
+    ratios = {part: 1.0 if rate is None else rate / (cfg.lr or 1.0) for part, rate in rates.items()}
     groups = [{"params": trained[part], "lr_ratio": ratio} for part, ratio in ratios.items()]
 
     # -----------------------------------------------------------------------------------------------------------------

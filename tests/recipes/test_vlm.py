@@ -372,3 +372,11 @@ def test_recipes_for_text_say_that_it_sees(base, tmp_path, recipe):
     data = ("--data", base / "rows.jsonl", "--output", tmp_path / "run")
     done = run_recipe(recipe, "--model", base / "base", *data, check=False)
     assert done.returncode == 2 and "trained by vlm_finetune.py" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags", [("--vision-lr", "-1"), ("--language-lr", "nan"), ("--lr", "0", "--vision-lr", "1e-3")]
+)
+def test_learning_rates_are_positive(base, tmp_path, flags):
+    done = train(base, tmp_path / "run", *flags, check=False)
+    assert done.returncode == 2 and "must be a positive number" in done.stderr and "Traceback" not in done.stderr
