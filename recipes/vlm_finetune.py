@@ -265,8 +265,9 @@ def train(cfg: Config, run: RunFolder) -> None:
     trainable = {name: p for part in trained.values() for name, p in part.items()}
     say(describe_trained(model))
     rates = {"vision": cfg.vision_lr, "projector": cfg.projector_lr, "language": cfg.language_lr}
-    if wrong := [f"--{part}-lr {rate}" for part, rate in rates.items() if rate is not None and not 0 < rate < math.inf]:
-        raise ValueError(f"{', '.join(wrong)} must be a positive number")
+    given = {part: rate for part, rate in rates.items() if rate is not None}
+    if wrong := [f"--{part}-lr {rate}" for part, rate in given.items() if not 0 <= rate < math.inf]:
+        raise ValueError(f"{', '.join(wrong)} must be a positive number, or 0 to leave the part as it is")
     # --lr 0 is build_optimizer's to refuse
     ratios = {part: 1.0 if rate is None else rate / (cfg.lr or 1.0) for part, rate in rates.items()}
     groups = [{"params": trained[part], "lr_ratio": ratio} for part, ratio in ratios.items()]
