@@ -118,21 +118,23 @@ def main(cfg: Config) -> None:
     started = time.perf_counter()
     if unknown := [name for name in cfg.methods if name not in METHODS]:
         raise ValueError(f"--methods {' '.join(unknown)}: not among {', '.join(METHODS)}")
+    if not cfg.methods:
+        raise ValueError("--methods: name one at least")
     device, base, rows = pick_device(cfg.device), prepare(cfg), {}
     run_all = in_processes if device.type == "cpu" else in_turn
     for row in run_all(cfg, base):
         rows[row["method"]] = row
         found = (f"{name.replace('_', ' ')} {row[name]:,.4g}" for name in SHOWN if name in row)
         say(f"{row['method']}: {row.get('failed') or ', '.join(found)}")
-    results = {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python recipes/compare_methods.py", *changed(cfg)]),
-        "machine": describe_machine(device),
-        "seconds": round(time.perf_counter() - started, 1),
-        "settings": {name: shown(value) for name, value in asdict(cfg).items()},
-        "rows": [rows[name] for name in cfg.methods],
-    }
-    atomic_write_text(cfg.output / "results.json", json.dumps(results, indent=1) + "\n")
+        results = {
+            "date": time.strftime("%Y-%m-%d"),
+            "command": " ".join(["python recipes/compare_methods.py", *changed(cfg)]),
+            "machine": describe_machine(device),
+            "seconds": round(time.perf_counter() - started, 1),
+            "settings": {name: shown(value) for name, value in asdict(cfg).items()},
+            "rows": [rows[name] for name in cfg.methods if name in rows],
+        }
+        atomic_write_text(cfg.output / "results.json", json.dumps(results, indent=1) + "\n")  # so far
     draw(results, cfg.output / "results.svg")
     print(table(results))
     say(f"{results['seconds']:.0f} s in all; {cfg.output}/results.json and results.svg")
