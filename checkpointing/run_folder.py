@@ -16,15 +16,12 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from checkpointing.atomic import atomic_write_text, discard, make_folder, remove_folder, restore_folder
 from checkpointing.errors import say
@@ -39,7 +36,8 @@ LEFTOVERS = ("metrics.jsonl", "loss.svg", "recipe.py")
 class RunFolder:
     """One run's folder. Get it from `RunFolder.open`, use it in a `with` block.
 
-    `stop_requested`: Ctrl-C or SIGTERM came; end the step, save, leave. A second Ctrl-C raises KeyboardInterrupt.
+    `stop_requested`: Ctrl-C or SIGTERM came; end the step, save, leave with `stop_status` (130 or 143: to a shell or a
+    scheduler 0 would mean that the run is complete). A second Ctrl-C raises KeyboardInterrupt.
     `finished`: the run has ended and its result is saved; there is nothing to resume.
     """
 
@@ -49,8 +47,9 @@ class RunFolder:
         self.path, self.checkpoints = path, path / "checkpoints"
         self.adapter, self.model = path / "adapter", path / "model"
         self.stop_requested = self.finished = False
+        self.stop_status = 0
         self._record: dict = {}
-        self._undrawn = self._diverged = False
+        self._undrawn = False
         self._handlers: dict[int, Any] = {}
         self._lock: int | None = None
 
@@ -92,19 +91,21 @@ class RunFolder:
         here = self._record["config"] | {f"fingerprint of the {name}": value for name, value in identity.items()}
         compare_config(saved, here)
 
-    def log(self, row: dict) -> None:
+    def log(self, row: dict, *, scaled: bool = False) -> None:
         """Append a row to metrics.jsonl: valid JSON (NaN and infinities as strings), floats to the last bit.
 
-        The first `loss` that is not finite is announced.
+        Raises ValueError for a `loss` or `grad_norm` that is not finite: with such gradients the weights are lost, and
+        saving them would push a good checkpoint out. `scaled`: float16's loss scaler has left such a step out.
         """
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(plain(row)) + "\n")
         self._undrawn = True
-        if not self._diverged and not math.isfinite(row.get("loss", 0.0)):
-            self._diverged, saved = True, self.latest_checkpoint()
-            last = f"the last checkpoint is from step {_step(saved)}" if saved else "no checkpoint was saved before"
-            found = f"the loss is {plain(row['loss'])} at step {row['step']}: the run has diverged"
-            tqdm.write(f"{found}; stop it and start anew with a lower --lr ({last})", file=sys.stderr)
+        for name in ("loss",) if scaled else ("loss", "grad_norm"):
+            if not math.isfinite(row.get(name, 0.0)):
+                saved = self.latest_checkpoint()
+                last = f"the last checkpoint is from step {_step(saved)}" if saved else "no checkpoint was saved before"
+                found = f"{name} is {plain(row[name])} at step {row['step']}: the run has diverged"
+                raise ValueError(f"{found}, and nothing more was saved ({last}); start anew with a lower --lr")
 
     def cut_metrics(self, step: int) -> None:
         """Drop the rows after `step`, and a last line that a kill cut short: the resumed run writes them again."""
@@ -272,6 +273,7 @@ class RunFolder:
                 raise KeyboardInterrupt
             return
         self.stop_requested = True  # first: the next signal may come while this one is announced
+        self.stop_status = 128 + number
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         text = f"\n{name}: ending this step and saving; press Ctrl-C (again) to stop at once, without saving\n"
         with suppress(OSError):

@@ -316,8 +316,8 @@ def train(cfg: Config, run: RunFolder) -> None:
         seconds = time.perf_counter() - started  # after .item(): the device has finished
         row |= {"tokens": tokens, "tokens_per_second": tokens / seconds}
         row |= {"peak_memory_gib": peak_memory_gib(device), "seconds": seconds}
-        run.log(row)
         loggers.log(row)
+        run.log(row, scaled=scaler.is_enabled())  # an error where the loss is not finite
         if progress["step"] == first:
             waited = f"first step done after {time.perf_counter() - begun:.1f} s, {seconds:.1f} s of them its own"
             tqdm.write(waited, file=sys.stderr)
@@ -339,7 +339,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     if progress["step"] < total_steps:  # Ctrl-C or SIGTERM
         save_checkpoint()
         say(f"stopped after step {progress['step']} of {total_steps}; go on with --resume")
-        return
+        raise SystemExit(run.stop_status)
     if cfg.save_every and (total_steps == 0 or total_steps % cfg.save_every):
         save_checkpoint()  # so that --resume can go on with more --max-steps or --epochs
     save_result()

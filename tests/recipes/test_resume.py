@@ -1,12 +1,16 @@
 """A run that dies goes on as if nothing had happened: SIGKILL at any step, then --resume, bit for bit."""
 
 import dataclasses
+import math
+import os
 import random
 import signal
 import time
+from unittest import mock
 
 import pytest
 
+from modules.loss import linear_cross_entropy
 from recipes import lora_finetune
 from tests.tiny import ROOT, losses, make_checkpoint, read_metrics, run_recipe, start_recipe, sums, write_rows
 
@@ -68,18 +72,75 @@ def test_killed_and_resumed_equals_uninterrupted(base, tmp_path, variant):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves(base, tmp_path, number):
-    run = arguments(base, tmp_path / "run", *LORA, "--save-every", "1000", "--epochs", "200", "--eval-every", "1000")
-    process = start_recipe("lora_finetune", *run)
+    """And the exit status says that the run is not complete."""
+    extra = (*LORA, "--save-every", "1000", "--epochs", "200", "--eval-every", "1000", "--schedule", "constant")
+    process = start_recipe("lora_finetune", *arguments(base, tmp_path / "run", *extra))
     metrics = tmp_path / "run/metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
-    assert "--resume" in stderr
+    assert process.returncode == 128 + number, stderr
+    assert "go on with --resume" in stderr
     last = losses(tmp_path / "run")
     assert (tmp_path / f"run/checkpoints/step-{len(last)}").is_dir()
+    until = ("--max-steps", len(last) + 3)
+    run_recipe("lora_finetune", *arguments(base, tmp_path / "run", *extra), *until, "--resume")
+    run_recipe("lora_finetune", *arguments(base, tmp_path / "whole", *extra), *until)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")  # bit for bit
+
+
+@pytest.mark.parametrize("recipe", ["lora_finetune", "full_finetune", "peft_finetune", "pretrain"])
+def test_a_stopped_run_does_not_look_complete(base, tmp_path, recipe):
+    def stopped(signum, frame):
+        raise AssertionError("the run's own handler comes back")
+
+    before = signal.signal(signal.SIGTERM, stopped)
+    try:
+        with mock.patch("checkpointing.run_folder.RunFolder.cut_metrics", lambda *_: os.kill(os.getpid(), 15)):
+            done = run_recipe(recipe, *arguments(base, tmp_path / "run"), check=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.returncode == 143 and "stopped after step 0" in done.stderr
+    assert (tmp_path / "run/checkpoints/step-0").is_dir() and not (tmp_path / "run/adapter").exists()
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_run_that_diverges_keeps_its_checkpoints(base, tmp_path, monkeypatch, where):
+    """NaN in step 3, with --keep-last 1 and a checkpoint due: the one from step 2 stays, and nothing is written."""
+
+    def spoiled(hidden, *inputs, **named):
+        spoiled.calls += 1
+        loss = linear_cross_entropy(hidden, *inputs, **named)
+        if spoiled.calls == 3:
+            loss = loss * math.nan if where == "loss" else spoil_gradient(loss)
+        return loss
+
+    def spoil_gradient(loss):
+        return loss + 0 * (loss - loss.detach()).sqrt()  # the gradient of a root is infinite at 0
+
+    spoiled.calls = 0
+    monkeypatch.setattr(lora_finetune, "linear_cross_entropy", spoiled)
+    flags = ("--device", "cpu", "--batch-size", "2", "--rank", "4", "--save-every", "1", "--keep-last", "1")
+    files = ("--model", base / "base", "--data", base / "rows.jsonl", "--output", tmp_path / "run")
+    done = run_recipe("lora_finetune", *files, *flags, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    name = "loss" if where == "loss" else "grad_norm"
+    assert f"error: {name} is NaN at step 3: " in done.stderr and "the last checkpoint is from step 2" in done.stderr
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
+    assert not (tmp_path / "run/adapter").exists() and len(read_metrics(tmp_path / "run")) == 3
+    monkeypatch.undo()
+    run_recipe("lora_finetune", *files, *flags, "--resume")  # the weights in it are good ones
+    assert all(map(math.isfinite, losses(tmp_path / "run")))
+
+
+def test_float16_skips_steps_without_an_error(base, tmp_path):
+    """The scaler begins too high, at 65,536: a step whose gradients overflow is left out and the scale halved."""
+    files = ("--model", base / "base", "--data", base / "rows.jsonl", "--output", tmp_path / "run")
+    run_recipe("lora_finetune", *files, "--dtype", "float16", "--rank", "4", "--device", "cpu", "--max-steps", "8")
+    norms = [float(row["grad_norm"]) for row in read_metrics(tmp_path / "run")]
+    assert not math.isfinite(norms[0]) and math.isfinite(norms[-1])
 
 
 def config(base, output, **extra):
