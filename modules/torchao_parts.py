@@ -11,6 +11,7 @@ for noisy in ("torchao", "torch.utils._pytree"):
 
 try:
     from torchao.optim import AdamW8bit
+    from torchao.optim.adam import single_param_adam
 
     try:
         from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import NF4Tensor, SubclassTensorArgs  # 0.18
@@ -24,4 +25,4 @@ except ImportError as error:
     fix = "pip install 'torchao>=0.17,<0.19'"
     raise ImportError(f"NF4 and 8-bit AdamW need torchao 0.17 or 0.18, found {found}: {fix}") from error
 
-__all__ = ["AdamW8bit", "NF4Tensor", "SubclassTensorArgs"]
+__all__ = ["AdamW8bit", "NF4Tensor", "SubclassTensorArgs", "single_param_adam"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from modules import optim_8bit
 from modules.memory import storage_bytes
 from modules.optim import build_optimizer
 from modules.optim_8bit import AdamW8bit
@@ -45,6 +46,20 @@ def test_state_takes_two_bytes_per_parameter():
     size = sum(storage_bytes(state[name]) for name in ("exp_avg", "exp_avg_sq"))
     # 1 byte per number and moment, a float32 per 256 of them, and 256 levels
     assert size == 2 * (weight.numel() + weight.numel() // 256 * 4 + 256 * 4)
+
+
+@pytest.mark.parametrize("shape", [(65, 64), (96, 64), (1000, 5)])  # with a remainder, without, and not quantised
+def test_parts_of_a_parameter_are_updated_as_the_whole(shape, monkeypatch):
+    weights = []
+    for part in (2**24, 512):
+        monkeypatch.setattr(optim_8bit, "PART", part)
+        generator = torch.Generator().manual_seed(0)
+        weights.append(nn.Parameter(torch.randn(shape, generator=generator)))
+        optimizer = build_optimizer("adamw-8bit", {"w": weights[-1]}, lr=1e-2, weight_decay=0.1)
+        for _ in range(3):
+            weights[-1].grad = torch.randn(shape, generator=generator)
+            optimizer.step()
+    assert torch.equal(*weights)
 
 
 def test_what_is_not_quantised_is_float32():
