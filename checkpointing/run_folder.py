@@ -122,8 +122,7 @@ class RunFolder:
         """Remove all but the newest `keep_last` checkpoints; None keeps all."""
         if keep_last is None:
             return
-        if keep_last < 1:
-            raise ValueError(f"--keep-last {keep_last} leaves nothing to resume from; expected at least 1")
+        check_keep_last(keep_last)
         for checkpoint in sorted(self._complete_checkpoints(), key=_step)[:-keep_last]:
             try:
                 remove_folder(checkpoint)
@@ -278,6 +277,11 @@ class RunFolder:
         text = f"\n{name}: ending this step and saving; press Ctrl-C (again) to stop at once, without saving\n"
         with suppress(OSError):
             os.write(2, text.encode())  # print() may not be entered twice, and this may have interrupted one
+
+
+def check_keep_last(keep_last: int) -> None:
+    if keep_last < 1:
+        raise ValueError(f"--keep-last {keep_last} leaves nothing to resume from; expected at least 1")
 
 
 def _lock(path: Path) -> int:

@@ -83,17 +83,13 @@ class Batches:
         pad_multiple: int = 1,
         image_workers: int | None = None,
     ):
-        for flag, count in (("--batch-size", batch_size), ("--grad-accum", grad_accum)):
-            if count < 1:
-                raise ValueError(f"{flag} {count} must be at least 1")
+        check_batches(batch_size, grad_accum, image_workers)
         self.dataset, self.batch_size, self.grad_accum = dataset, batch_size, grad_accum
         self.packing, self.seq_len = packing, seq_len
         self.shuffle, self.seed = shuffle, seed
         # No token sees padding, so any id will do; the tokenizer's own may have no row in the model's embedding.
         self.pad_id, self.pad_multiple = pad_id, pad_multiple
         self.image_workers = default_workers() if image_workers is None else image_workers  # 0: decode in the loop
-        if self.image_workers < 0:
-            raise ValueError(f"--image-workers {image_workers} is negative; 0 decodes in the training loop")
         self._plan: tuple[int, Plan] | None = None
 
     def plan(self, epoch: int) -> Plan:
@@ -124,10 +120,7 @@ class Batches:
 
     def total_steps(self, epochs: int, max_steps: int | None) -> int:
         """Optimizer steps of a run of `epochs` epochs that ends at `max_steps` at the latest."""
-        if epochs < 1:
-            raise ValueError(f"--epochs {epochs} must be at least 1")
-        if max_steps is not None and max_steps < 0:
-            raise ValueError(f"--max-steps {max_steps} must not be negative")
+        check_length(epochs, max_steps)
         steps = 0
         for epoch in range(epochs):
             if max_steps is not None and steps >= max_steps:
@@ -221,7 +214,22 @@ def first_fit(order: list[int], lengths: list[int], capacity: int, window: int =
     return bins
 
 
-def fit_seq_len(asked: int | None, max_length: int) -> int:
+def check_batches(batch_size: int, grad_accum: int, image_workers: int | None = None) -> None:
+    for flag, count in (("--batch-size", batch_size), ("--grad-accum", grad_accum)):
+        if count < 1:
+            raise ValueError(f"{flag} {count} must be at least 1")
+    if image_workers is not None and image_workers < 0:
+        raise ValueError(f"--image-workers {image_workers} is negative; 0 decodes in the training loop")
+
+
+def check_length(epochs: int, max_steps: int | None) -> None:
+    if epochs < 1:
+        raise ValueError(f"--epochs {epochs} must be at least 1")
+    if max_steps is not None and max_steps < 0:
+        raise ValueError(f"--max-steps {max_steps} must not be negative")
+
+
+def fit_seq_len(asked: int | None, max_length: float) -> int:
     """The row length of a run: what was asked for if the model has as many positions, by default at most 2048."""
     if asked is None:
         return min(2048, max_length)

@@ -150,10 +150,13 @@ def load_chat_template(
         if name == "chatml" and tokenizer.adds_bos:
             source = "{{ bos_token }}" + source
         return ChatTemplate(source, name, {"bos_token": "", "eos_token": "", **variables}, special, now)
-    path = Path(name)
-    if not path.is_file():
+    check_chat_format(name)
+    return ChatTemplate(_read_text(Path(name)), Path(name).name, variables, special, now)
+
+
+def check_chat_format(name: str) -> None:
+    if name not in ("own", "auto", *TEMPLATES) and not Path(name).is_file():
         raise ValueError(f"--chat-format {name!r} is neither a file nor one of auto, {', '.join(TEMPLATES)}")
-    return ChatTemplate(_read_text(path), path.name, variables, special, now)
 
 
 def stop_token_ids(folder: str | Path, tokenizer: Tokenizer, template: ChatTemplate | None) -> set[int]:

@@ -25,6 +25,8 @@ from modules.methods import Options
 from modules.peft_names import PREFIX, target_modules
 
 KEY = "bitfit_bias"
+READS = ("targets",)
+VECTORS = True
 
 
 class BitFitLinear(FrozenLinear):

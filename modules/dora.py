@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from modules import lora_peft
 from modules.lora import LoRALinear
 
+NEEDS_RESIDENT = "--method dora starts from the lengths of the weights' rows: it needs --weights resident"
+
 
 class DoRALinear(LoRALinear):
     """A frozen linear layer with a trained direction, `lora_A` and `lora_B`, and length, `lora_magnitude_vector`."""
@@ -39,7 +41,7 @@ class DoRALinear(LoRALinear):
         super().__init__(base, rank, alpha, dropout, dtype)
         norm_squared = self.dense_weight().detach().float().square().sum(1)
         if not (norm_squared.is_meta or bool(torch.isfinite(norm_squared).all())):
-            raise ValueError("--method dora starts from the lengths of the weights' rows: it needs --weights resident")
+            raise ValueError(NEEDS_RESIDENT)
         self.register_buffer("norm_squared", norm_squared, persistent=False)  # ‖W‖², [out]
         self.lora_magnitude_vector = nn.Parameter(norm_squared.sqrt().to(dtype))
 

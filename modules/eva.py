@@ -56,11 +56,15 @@ class IncrementalPCA:
         return (self.S.square() / self.total).tolist()
 
 
-def add(model: nn.Module, options: Options) -> list[str]:
-    if options.batches is None:
-        raise ValueError("--method eva begins with training data: it needs options.batches")
+def check(options: Options) -> None:
     if options.rank_pattern or options.alpha_pattern:
         raise ValueError("--method eva divides the ranks itself: leave out --rank-pattern and --alpha-pattern")
+
+
+def add(model: nn.Module, options: Options) -> list[str]:
+    check(options)
+    if options.batches is None:
+        raise ValueError("--method eva begins with training data: it needs options.batches")
     base = dict(model.named_modules())
     names = lora_peft.add(model, options)
     layers = {name: base[name] for name in lora_layers(model)}  # frozen layers, before their adapters

@@ -20,6 +20,8 @@ from modules import bottleneck
 from modules.adapter_parts import FrozenLinear
 from modules.methods import Options
 
+READS = ("rank", "dropout", "targets")
+
 
 class HoulsbyLinear(FrozenLinear):
     """y + adapter(y) with y = W x, W frozen."""

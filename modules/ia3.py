@@ -25,6 +25,8 @@ from modules.peft_names import PREFIX, target_modules
 TARGETS = ("k_proj", "v_proj", "down_proj")
 INPUT_SCALED = ("down_proj",)
 KEY = "ia3_l"
+READS = ("targets",)
+VECTORS = True
 
 
 class IA3Linear(FrozenLinear):

@@ -22,6 +22,8 @@ from modules.peft_names import target_modules
 
 TARGETS = ("input_layernorm", "post_attention_layernorm", "norm")
 KEY = "ln_tuning_layers"
+READS = ("targets",)
+VECTORS = True
 
 
 class TunedNorm(RMSNorm):

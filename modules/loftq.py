@@ -41,10 +41,14 @@ def loftq(W: Tensor, rank: int, kind: type[nn.Linear], iterations: int = 1) -> t
     return quantised, A, B
 
 
-@torch.no_grad()
-def add(model: nn.Module, options: Options) -> list[str]:
+def check(options: Options) -> None:
     if options.quantize is None:
         raise ValueError("--method loftq makes up for the error of a quantised base: it needs --quantize nf4 or int4")
+
+
+@torch.no_grad()
+def add(model: nn.Module, options: Options) -> list[str]:
+    check(options)
     names = lora_peft.add(model, options)
     for name, layer in lora_layers(model).items():
         if hasattr(layer.base_class, "dense_weight"):

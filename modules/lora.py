@@ -104,13 +104,8 @@ def add_lora(
     None stands for every linear layer of the blocks. The patterns give layers named likewise another rank or alpha.
     Raises ValueError for a target that names no layer, and for a pattern that names none of the targets.
     """
+    check_sizes(rank, dropout, targets)
     targets = ALL_LINEAR if targets is None else targets
-    if rank < 1:
-        raise ValueError(f"--rank {rank} must be at least 1")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"--dropout {dropout} must lie in [0, 1)")
-    if not targets:
-        raise ValueError("--targets is empty: name at least one linear layer, such as q_proj")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     names = [name for name in layers if any(_names(target, name) for target in targets)]
     if unknown := [target for target in targets if not any(_names(target, name) for name in layers)]:
@@ -128,6 +123,15 @@ def add_lora(
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, kind(layers[name], *sizes, dropout, dtype))
     return names
+
+
+def check_sizes(rank: int, dropout: float, targets: Sequence[str] | None) -> None:
+    if rank < 1:
+        raise ValueError(f"--rank {rank} must be at least 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"--dropout {dropout} must lie in [0, 1)")
+    if targets is not None and not targets:
+        raise ValueError("--targets is empty: name at least one linear layer, such as q_proj")
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

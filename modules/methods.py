@@ -10,7 +10,11 @@ and, where the method needs it,
 
     parameter_groups(trainable, lr)        parameters with learning rates of their own, for `build_optimizer(groups=…)`
     prepare_optimizer(model, optimizer)    what it does to gradients before a step
+    check(options)                         ValueError for options that it cannot have; needs no model
+    READS = ("rank", …)                    the flags that it reads, if these are not LoRA's
+    VECTORS = True                         it trains vectors only, which weight decay leaves alone
     NEEDS_DENSE = True                     its start is computed from the weights before they are quantised
+    NEEDS_RESIDENT = "…"                   why weights cannot be streamed
     VIRTUAL_TOKENS = True                  every row begins with virtual tokens (modules/virtual_tokens.py)
 
 A method replaces modules by ones that take over the frozen parameters. Such a module knows what it stands for, by
@@ -26,7 +30,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from modules.lora import lora_layers
+from modules.lora import check_sizes, lora_layers
 
 METHODS = {
     "lora": "modules.lora_peft",
@@ -49,6 +53,8 @@ METHODS = {
     "pfeiffer": "modules.pfeiffer",
     "parallel": "modules.parallel",
 }
+
+READ_BY_LORA = ("rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,20 @@ def find_method(name: str) -> ModuleType:
     if name not in METHODS:
         raise ValueError(f"--method {name!r} is not one of {', '.join(METHODS)}")
     return importlib.import_module(METHODS[name])
+
+
+def read_by(name: str) -> tuple[str, ...]:
+    """The flags that a method reads, of those that not all of them do."""
+    return getattr(find_method(name), "READS", READ_BY_LORA)
+
+
+def check_options(name: str, options: Options) -> None:
+    """Raise ValueError for options that a method cannot have: what can be known before there is a model."""
+    if "rank" in read_by(name):
+        check_sizes(options.rank, options.dropout, options.targets)
+    if (options.rank_pattern or options.alpha_pattern) and "rank_pattern" not in read_by(name):
+        raise ValueError(f"--rank-pattern and --alpha-pattern are LoRA's: --method {name} has no such layers")
+    getattr(find_method(name), "check", lambda options: None)(options)
 
 
 def method_of(config: dict) -> str:

@@ -44,8 +44,7 @@ def build_optimizer(
     with its `params` by name and its `lr` (LoRA+) or the `lr_ratio` that a recipe's loop reads. Raises ValueError for
     an unknown name, a learning rate that is not positive, or if torchao is missing.
     """
-    if not 0 < lr < math.inf:
-        raise ValueError(f"--lr {lr} must be a positive number")
+    check_lr(lr)
     groups = [
         group | {"params": [p for p in group["params"].values() if (p.ndim >= 2) == decays], "weight_decay": decay}
         for group in groups or [{"params": parameters}]
@@ -67,6 +66,11 @@ def build_optimizer(
     if any(p.dtype == torch.bfloat16 for p in parameters.values()):
         return StochasticRoundingAdamW(groups, lr=lr)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def check_lr(lr: float) -> None:
+    if not 0 < lr < math.inf:
+        raise ValueError(f"--lr {lr} must be a positive number")
 
 
 class StochasticRoundingAdamW(torch.optim.Optimizer):

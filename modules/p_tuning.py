@@ -18,10 +18,12 @@ parts are PEFT's. An adapter that has been saved holds no network: to go on trai
 import torch
 from torch import Tensor, nn
 
+from modules import virtual_tokens
 from modules.methods import Options
-from modules.virtual_tokens import KEY, Table, add_embedding, check, config_of, read_table
+from modules.virtual_tokens import KEY, Table, add_embedding, check_count, config_of, read_table
 
 VIRTUAL_TOKENS = True
+READS = ("num_virtual_tokens", "prompt_encoder", "encoder_size", "dropout")  # this one with the LSTM
 LSTM_LAYERS = 2
 
 
@@ -49,8 +51,12 @@ class PromptEncoder(nn.Module):
         return self.mlp_head(x)
 
 
+def check(options: Options) -> None:
+    check_count(options.num_virtual_tokens)
+
+
 def add(model: nn.Module, options: Options) -> list[str]:
-    check(model, options.num_virtual_tokens)
+    virtual_tokens.check(model, options.num_virtual_tokens)
     kind = options.prompt_encoder or "mlp"
     if kind not in ("mlp", "lstm"):
         raise ValueError(f"--prompt-encoder {kind!r}: of P-tuning it is mlp or lstm (without one it is prompt tuning)")

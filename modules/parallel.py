@@ -20,6 +20,8 @@ from modules import bottleneck
 from modules.feed_forward import FeedForward
 from modules.methods import Options
 
+READS = ("rank", "alpha", "dropout", "targets")
+
 
 class ParallelFeedForward(FeedForward):
     """feed_forward(x) + adapter(x), the former frozen, with its layers under their own names."""

@@ -16,7 +16,7 @@ from functools import partial
 import torch.nn.functional as F
 
 from modules import bottleneck
-from modules.houlsby import HoulsbyLinear
+from modules.houlsby import READS, HoulsbyLinear  # noqa: F401
 
 
 class PfeifferLinear(HoulsbyLinear):

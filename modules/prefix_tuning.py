@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from modules.adapter_parts import replace_modules
 from modules.attention import Attention, SequenceLayout, padded_layout
 from modules.methods import Options
-from modules.virtual_tokens import KEY, Table, add_embedding, config_of, read_table, start_ids
+from modules.virtual_tokens import KEY, Table, add_embedding, check_start, config_of, read_table, start_ids
 
 VIRTUAL_TOKENS = True  # tells the recipes to put n placeholders in front of every row
+READS = ("num_virtual_tokens", "prompt_init", "prompt_text", "prompt_encoder", "encoder_size")
 
 
 class PrefixAttention(Attention):
@@ -88,14 +89,19 @@ class ProjectedPrefix(nn.Module):
         return self.project(self.encoder())
 
 
+def check(options: Options) -> None:
+    check_start(options)
+    if options.prompt_encoder not in (None, "mlp"):
+        raise ValueError(f"--prompt-encoder {options.prompt_encoder!r}: of prefix tuning it is mlp, or none is given")
+
+
 def add(model: nn.Module, options: Options) -> list[str]:
+    check(options)
     ids, width = start_ids(model, options), kv_width(model)
     count = options.num_virtual_tokens
     if options.prompt_encoder == "mlp":
         encoder = SharedEncoder(count, width, options.encoder_size or 512, options.dtype)
         return put(model, [ProjectedPrefix(encoder, options.dtype) for _ in model.blocks], count)
-    if options.prompt_encoder:
-        raise ValueError(f"--prompt-encoder {options.prompt_encoder!r}: of prefix tuning it is mlp, or none is given")
     rows = cached(model, ids) if ids else [torch.randn(count, 2 * width) * 0.02 for _ in model.blocks]
     return put(model, [Table(row, options.dtype) for row in rows], count)
 

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from modules.methods import Options
-from modules.virtual_tokens import FREQUENT, KEY, Table, add_embedding, config_of, read_table, start_ids
+from modules.virtual_tokens import FREQUENT, KEY, Table, add_embedding, check_start, config_of, read_table, start_ids
 
 VIRTUAL_TOKENS = True
+READS = ("num_virtual_tokens", "prompt_init", "prompt_text")
+
+check = check_start
 
 
 @torch.no_grad()

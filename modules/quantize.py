@@ -29,9 +29,8 @@ def quantize_blocks(model: nn.Module, kind: type[nn.Linear] | None, *, head: boo
     exists) or after it. Raises ValueError for a head that is the embedding, and for a head without a kind.
     """
     names = []
+    check_head(kind, head)
     if kind is None:
-        if head:
-            raise ValueError("--quantize-head quantises the head like the blocks: it needs --quantize nf4, int8 …")
         return names
     if head and type(model.lm_head) is nn.Linear:
         if model.lm_head.weight is model.model.embed_tokens.weight:
@@ -45,6 +44,11 @@ def quantize_blocks(model: nn.Module, kind: type[nn.Linear] | None, *, head: boo
                 setattr(block.get_submodule(parent), leaf, kind.from_linear(layer))
                 names.append(f"{prefix}.{name}")
     return names
+
+
+def check_head(kind: type[nn.Linear] | None, head: bool) -> None:
+    if head and kind is None:
+        raise ValueError("--quantize-head quantises the head like the blocks: it needs --quantize nf4, int8 …")
 
 
 def rounded_like(kind: type[nn.Linear], weight: Tensor) -> Tensor:

@@ -25,21 +25,7 @@ def step_in_backward(
     A tied weight, whose gradient has several parts, is updated once, with their sum. Raises ValueError for what
     cannot be combined with this.
     """
-    if grad_accum != 1:
-        raise ValueError(
-            f"--step-in-backward frees each gradient at once, so --grad-accum {grad_accum} has nothing to add up: "
-            "use --grad-accum 1 and a larger --batch-size"
-        )
-    if max_grad_norm:
-        raise ValueError(
-            f"--step-in-backward updates weights before the global gradient norm is known: --max-grad-norm "
-            f"{max_grad_norm:g} cannot be kept to; use --max-grad-norm 0 (the norm is logged all the same)"
-        )
-    if dtype == torch.float16:
-        raise ValueError(
-            "--step-in-backward updates weights before the loss scaler has seen every gradient: "
-            "use --dtype bfloat16 or float32 instead of float16"
-        )
+    check(grad_accum=grad_accum, max_grad_norm=max_grad_norm, dtype=dtype)
     norms = []
     weak = weakref.ref(optimizer)  # parameter → hook → optimizer → parameter: Python could not free that ring
 
@@ -58,3 +44,22 @@ def step_in_backward(
         return total
 
     return grad_norm
+
+
+def check(*, grad_accum: int, max_grad_norm: float, dtype: torch.dtype) -> None:
+    """Raise ValueError for what needs all gradients at once."""
+    if grad_accum != 1:
+        raise ValueError(
+            f"--step-in-backward frees each gradient at once, so --grad-accum {grad_accum} has nothing to add up: "
+            "use --grad-accum 1 and a larger --batch-size"
+        )
+    if max_grad_norm:
+        raise ValueError(
+            f"--step-in-backward updates weights before the global gradient norm is known: --max-grad-norm "
+            f"{max_grad_norm:g} cannot be kept to; use --max-grad-norm 0 (the norm is logged all the same)"
+        )
+    if dtype == torch.float16:
+        raise ValueError(
+            "--step-in-backward updates weights before the loss scaler has seen every gradient: "
+            "use --dtype bfloat16 or float32 instead of float16"
+        )

@@ -24,6 +24,8 @@ from modules.peft_names import target_modules
 
 SEED = 0  # PEFT's projection_prng_key
 D_START = 0.1
+READS = ("rank", "dropout", "targets")
+VECTORS = True
 
 
 class VeRALinear(FrozenLinear):

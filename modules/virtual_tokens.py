@@ -101,8 +101,21 @@ def check(model: nn.Module, count: int) -> None:
         raise ValueError(f"virtual tokens are for text models, and this is a {type(model).__name__}")
     if virtual_ids(model):
         raise ValueError("the model has virtual tokens already")
+    check_count(count)
+
+
+def check_count(count: int) -> None:
     if count < 1:
         raise ValueError(f"--num-virtual-tokens {count} must be at least 1")
+
+
+def check_start(options: Options) -> None:
+    """Raise ValueError for a number, or a way to begin, that cannot be."""
+    check_count(options.num_virtual_tokens)
+    if options.prompt_ids and options.prompt_init != "text":
+        raise ValueError(f"--prompt-text is read with --prompt-init text, not {options.prompt_init}")
+    if options.prompt_init == "text" and not options.prompt_ids:
+        raise ValueError("--prompt-init text begins with the tokens of a text: it needs --prompt-text")
 
 
 def start_ids(model: nn.Module, options: Options) -> list[int] | None:
@@ -112,16 +125,13 @@ def start_ids(model: nn.Module, options: Options) -> list[int] | None:
     Sec. 3.2).
     """
     check(model, count := options.num_virtual_tokens)
-    if options.prompt_ids and options.prompt_init != "text":
-        raise ValueError(f"--prompt-text is read with --prompt-init text, not {options.prompt_init}")
+    check_start(options)
     if options.prompt_init == "random":
         return None
     if options.prompt_init == "vocabulary":
         return torch.randint(min(FREQUENT, model.config.vocab_size), (count,)).tolist()
     if options.prompt_init != "text":
         raise ValueError(f"--prompt-init {options.prompt_init!r} is not one of vocabulary, random, text")
-    if not options.prompt_ids:
-        raise ValueError("--prompt-init text begins with the tokens of a text: it needs --prompt-text")
     ids = list(options.prompt_ids)
     return (ids * -(-count // len(ids)))[:count]
 

@@ -16,12 +16,18 @@ from modules.weight_streaming import StreamedWeights
 from modules.whole_modules import train_whole_modules
 
 
+def check_parts(how: dict[str, str], *, quantize_head: bool = False) -> None:
+    if all(choice == "frozen" for choice in how.values()):
+        raise ValueError(f"{', '.join(f'--{part}' for part in how)} are all frozen: there is nothing to train")
+    if quantize_head and how["language"] == "full":
+        raise ValueError("--quantize-head: the head is trained with --language full, and quantised weights are frozen")
+
+
 def quantize_parts(
     model: VisionLanguageModel, how: dict[str, str], kind: type[nn.Linear] | None, *, head: bool = False
 ) -> None:
     """Keep both towers' linear layers in this kind, unless they are trained in full, and the head if wanted."""
-    if head and how["language"] == "full":
-        raise ValueError("--quantize-head: the head is trained with --language full, and quantised weights are frozen")
+    check_parts(how, quantize_head=head)
     if how["vision"] != "full":
         quantize_blocks(model.vision_tower, kind)
     if how["language"] != "full":
@@ -62,8 +68,7 @@ def train_parts(
     `targets` names the language model's layers that get LoRA; of the other parts it is every linear layer. Raises
     ValueError if nothing is left to train.
     """
-    if all(choice == "frozen" for choice in how.values()):
-        raise ValueError(f"{', '.join(f'--{part}' for part in how)} are all frozen: there is nothing to train")
+    check_parts(how)
     model.requires_grad_(False)
     adapted = []
     for part, choice in how.items():

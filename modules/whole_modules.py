@@ -38,9 +38,13 @@ def train_whole_modules(model: nn.Module, names: Sequence[str]) -> list[str]:
             continue
         if p.requires_grad:
             raise ValueError(f"--modules-to-save: {key} is trained already; leave its module out of --targets")
-        if p.dtype == torch.float16:
-            raise ValueError("--modules-to-save: float16 cannot hold an Adam step; use --dtype bfloat16 or float32")
+        check_dtype(p.dtype)
     return _unfreeze(model, found)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        raise ValueError("--modules-to-save: float16 cannot hold an Adam step; use --dtype bfloat16 or float32")
 
 
 def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:

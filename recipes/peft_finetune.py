@@ -12,7 +12,7 @@ generate.py and evaluate.py take all of them. Learning rates differ a thousandfo
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from checkpointing.adapters import save_adapter
 from checkpointing.atomic import atomic_folder
 from checkpointing.errors import clear_errors, say
+from checkpointing.flags import check_flags, method_options, refuse_ignored
 from checkpointing.loggers import open_loggers
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from checkpointing.run_folder import RunFolder
@@ -45,9 +46,8 @@ from modules.fused_blocks import disagreement, why_not
 from modules.host_embedding import keep_embedding_on_host
 from modules.loss import linear_cross_entropy
 from modules.memory import describe_memory, plan_memory
-from modules.methods import METHODS, Options, add_method, find_method
+from modules.methods import METHODS, add_method, find_method
 from modules.optim import build_optimizer, describe_trained, learning_rate
-from modules.peft_names import read_pattern
 from modules.quantize import linear_kind, quantize_blocks
 from modules.step_in_backward import step_in_backward
 from modules.token_rows import train_token_rows
@@ -183,6 +183,7 @@ class Config:
 def main(cfg: Config) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 2 Setup
+    check_flags(cfg)  # what cannot work is refused now, not after minutes
     with RunFolder.open(cfg.output, cfg, script=__file__, resume=cfg.resume) as run:
         if run.finished:
             say(f"{cfg.output} is finished: nothing to resume")
@@ -211,9 +212,6 @@ def train(cfg: Config, run: RunFolder) -> None:
     method = find_method(cfg.method)
     prompt_ids = tokenizer.encode_prompt(cfg.prompt_text) if cfg.prompt_text else []
     num_virtual_tokens = pick_virtual_tokens(method, cfg.num_virtual_tokens, prompt_ids)
-    if num_virtual_tokens and (new_rows or cfg.modules_to_save):
-        what = "--new-tokens" if new_rows else "--modules-to-save"
-        raise ValueError(f"{what} does not go with --method {cfg.method}, whose adapter is one tensor in PEFT's format")
     rows = dict(
         virtual_ids=placeholders(num_virtual_tokens),
         seq_len=seq_len,
@@ -248,8 +246,6 @@ def train(cfg: Config, run: RunFolder) -> None:
     weights = WeightFiles(folder)
     kind = linear_kind(cfg.quantize)
     needs_dense = getattr(method, "NEEDS_DENSE", False)  # then it is the method that quantises
-    if needs_dense and cfg.weights != "resident":
-        raise ValueError(f"--method {cfg.method} begins with the dense weights: it needs --weights resident")
     if not needs_dense:  # still on the meta device: each weight is quantised as it arrives
         quantize_blocks(model, kind, head=cfg.quantize_head)
     model.requires_grad_(False)
@@ -267,14 +263,10 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 5 Adapters / quantisation
-    sizes = dict(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout, targets=cfg.targets)
-    sizes |= dict(rank_pattern=read_pattern("--rank-pattern", cfg.rank_pattern, int))
-    sizes |= dict(alpha_pattern=read_pattern("--alpha-pattern", cfg.alpha_pattern))
     first_batches = (batch.to(device, dtype) for batch in batches.first(steps=8))  # what EVA begins with
-    start = dict(dtype=DTYPES[cfg.adapter_dtype], quantize=kind, batches=first_batches)
-    virtual = dict(num_virtual_tokens=num_virtual_tokens, prompt_init=cfg.prompt_init, prompt_ids=prompt_ids)
-    virtual |= dict(prompt_encoder=cfg.prompt_encoder, encoder_size=cfg.encoder_size)
-    add_method(model, cfg.method, Options(**sizes, **start, **virtual))
+    start = dict(dtype=DTYPES[cfg.adapter_dtype], batches=first_batches)
+    virtual = dict(num_virtual_tokens=num_virtual_tokens, prompt_ids=prompt_ids)
+    add_method(model, cfg.method, replace(method_options(cfg), **start, **virtual))
     if needs_dense:
         quantize_blocks(model, kind, head=cfg.quantize_head)  # what has no adapter
     train_whole_modules(model, cfg.modules_to_save)
@@ -302,8 +294,6 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 7 Optimizer and schedule
-    if cfg.max_grad_norm < 0:
-        raise ValueError(f"--max-grad-norm {cfg.max_grad_norm} is negative; 0 leaves gradients as they are")
     optimizer = build_optimizer(cfg.optimizer, trainable, lr=cfg.lr, weight_decay=cfg.weight_decay, groups=groups)
     if hasattr(method, "prepare_optimizer"):
         method.prepare_optimizer(model, optimizer)
@@ -429,4 +419,4 @@ def train(cfg: Config, run: RunFolder) -> None:
 
 if __name__ == "__main__":
     with clear_errors():
-        main(tyro.cli(Config))
+        main(refuse_ignored(tyro.cli(Config)))

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from checkpointing.atomic import atomic_folder
 from checkpointing.errors import clear_errors, say
 from checkpointing.export import check_export, save_model
+from checkpointing.flags import check_flags, refuse_ignored
 from checkpointing.loggers import open_loggers
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from checkpointing.run_folder import RunFolder
@@ -134,6 +135,7 @@ class Config:
 def main(cfg: Config) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 2 Setup
+    check_flags(cfg)  # what cannot work is refused now, not after minutes
     with RunFolder.open(cfg.output, cfg, script=__file__, resume=cfg.resume) as run:
         if run.finished:
             say(f"{cfg.output} is finished: nothing to resume")
@@ -221,8 +223,6 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 7 Optimizer and schedule
-    if cfg.max_grad_norm < 0:
-        raise ValueError(f"--max-grad-norm {cfg.max_grad_norm} is negative; 0 leaves gradients as they are")
     optimizer = build_optimizer(cfg.optimizer, trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
     schedule = dict(peak=cfg.lr, schedule=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total_steps)
     norm_of_backward = None
@@ -345,4 +345,4 @@ def train(cfg: Config, run: RunFolder) -> None:
 
 if __name__ == "__main__":
     with clear_errors():
-        main(tyro.cli(Config))
+        main(refuse_ignored(tyro.cli(Config)))

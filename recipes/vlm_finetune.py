@@ -9,7 +9,6 @@ saved as OUTPUT/adapter, in PEFT's format, a projector trained in full beside it
 full, it is OUTPUT/model, a Hugging Face folder with the adapters merged.
 """
 
-import math
 import sys
 import time
 from contextlib import nullcontext
@@ -28,6 +27,7 @@ from checkpointing.adapters import save_adapter
 from checkpointing.atomic import atomic_folder
 from checkpointing.errors import clear_errors, say
 from checkpointing.export import save_model
+from checkpointing.flags import check_flags, refuse_ignored
 from checkpointing.loggers import open_loggers
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from checkpointing.run_folder import RunFolder
@@ -180,6 +180,7 @@ class Config:
 def main(cfg: Config) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 2 Setup
+    check_flags(cfg)  # what cannot work is refused now, not after minutes
     with RunFolder.open(cfg.output, cfg, script=__file__, resume=cfg.resume) as run:
         if run.finished:
             say(f"{cfg.output} is finished: nothing to resume")
@@ -241,10 +242,6 @@ def train(cfg: Config, run: RunFolder) -> None:
     # 4 Model and weights
     weights = WeightFiles(folder)
     how = {"vision": cfg.vision, "projector": cfg.projector, "language": cfg.language}
-    if dtype == torch.float16 and "full" in how.values():
-        raise ValueError("float16 cannot hold an Adam step of weights trained in full: use --dtype bfloat16 or float32")
-    if cfg.language == "full" and (cfg.embedding == "host" or cfg.weights != "resident"):
-        raise ValueError("--embedding host and --weights stream are for frozen weights: not with --language full")
     # Still on the meta device: each weight is quantised as it arrives.
     quantize_parts(model, how, linear_kind(cfg.quantize), head=cfg.quantize_head)
     model.requires_grad_(False)
@@ -265,11 +262,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     trainable = {name: p for part in trained.values() for name, p in part.items()}
     say(describe_trained(model))
     rates = {"vision": cfg.vision_lr, "projector": cfg.projector_lr, "language": cfg.language_lr}
-    given = {part: rate for part, rate in rates.items() if rate is not None}
-    if wrong := [f"--{part}-lr {rate}" for part, rate in given.items() if not 0 <= rate < math.inf]:
-        raise ValueError(f"{', '.join(wrong)} must be a positive number, or 0 to leave the part as it is")
-    # --lr 0 is build_optimizer's to refuse
-    ratios = {part: 1.0 if rate is None else rate / (cfg.lr or 1.0) for part, rate in rates.items()}
+    ratios = {part: 1.0 if rate is None else rate / cfg.lr for part, rate in rates.items()}
     groups = [{"params": trained[part], "lr_ratio": ratio} for part, ratio in ratios.items()]
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -295,8 +288,6 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 7 Optimizer and schedule
-    if cfg.max_grad_norm < 0:
-        raise ValueError(f"--max-grad-norm {cfg.max_grad_norm} is negative; 0 leaves gradients as they are")
     optimizer = build_optimizer(cfg.optimizer, trainable, lr=cfg.lr, weight_decay=cfg.weight_decay, groups=groups)
     schedule = dict(peak=cfg.lr, schedule=cfg.schedule, warmup_steps=cfg.warmup_steps, total_steps=total_steps)
     norm_of_backward = None
@@ -423,4 +414,4 @@ def train(cfg: Config, run: RunFolder) -> None:
 
 if __name__ == "__main__":
     with clear_errors():
-        main(tyro.cli(Config))
+        main(refuse_ignored(tyro.cli(Config)))

@@ -102,7 +102,8 @@ def run_recipe(name: str, *arguments, check: bool = True) -> subprocess.Complete
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
             with clear_errors():
-                recipe.main(tyro.cli(recipe.Config, args=[str(argument) for argument in arguments]))
+                cfg = tyro.cli(recipe.Config, args=[str(argument) for argument in arguments])
+                recipe.main(getattr(recipe, "refuse_ignored", lambda cfg: cfg)(cfg))
         except SystemExit as stop:
             code = stop.code or 0
     if check and code:

@@ -25,7 +25,8 @@ def make(folder, name, *, nf4=False, drawn=0, **options):
     kind = NF4Linear if nf4 or name == "loftq" else None
     torch.manual_seed(1)
     torch.rand(drawn)
-    add_method(model, name, Options(rank=4, alpha=8.0, quantize=kind, batches=batches(), **options))
+    options = dict(rank=4, alpha=8.0) | options
+    add_method(model, name, Options(quantize=kind, batches=batches(), **options))
     if nf4 and dense_first:
         quantize_nf4(model)
     return model

@@ -10,7 +10,7 @@ from checkpointing.training_state import load_training_state, save_training_stat
 from modules.activations import RUNGS, keep_activations
 from modules.attention import packed_layout
 from modules.fused_blocks import disagreement, why_not
-from modules.methods import METHODS
+from modules.methods import METHODS, Options, check_options, find_method, read_by
 from tests.modules.every_method import OWN_START, base_of, inner, make, move, optimizer_of
 from tests.modules.peft_methods import behind_virtual, ids, logits, loss_of, train, trained
 
@@ -104,3 +104,46 @@ def test_resumes_bit_for_bit(tmp_path, name, nf4):
     for key, p in trained(model).items():
         assert torch.equal(p, again.get_parameter(key)), key
     assert torch.equal(logits(model), logits(again))
+
+
+def effect(folder, name, **options):
+    """What is trained, moved away from its start, and the loss in training."""
+    model = make(folder, name, **options).train()
+    move(model)
+    torch.manual_seed(2)
+    return {key: tuple(p.shape) for key, p in trained(model).items()}, loss_of(model, ids()).item()
+
+
+FLAGS = {  # two values, and what they need to have an effect
+    "rank": (4, 2, {}),
+    "alpha": (8.0, 5.0, {}),
+    "dropout": (0.0, 0.5, {"prompt_encoder": "lstm"}),
+    "targets": (None, None, {}),  # the second depends on the method
+    "rank_pattern": ({}, {"q_proj": 2}, {}),
+    "alpha_pattern": ({}, {"q_proj": 5.0}, {}),
+    "num_virtual_tokens": (4, 5, {}),
+    "prompt_init": ("vocabulary", "random", {}),
+    "prompt_ids": ((5, 6), (7, 8), {"prompt_init": "text"}),
+    "prompt_encoder": (None, "lstm", {}),
+    "encoder_size": (8, 12, {"prompt_encoder": "mlp"}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_reads_what_it_says(tmp_path, name):
+    """And nothing else: recipes refuse a flag that a method ignores, going by READS."""
+    for flag, (one, other, needs) in FLAGS.items():
+        if name == "prefix":
+            needs = {key: value for key, value in needs.items() if value != "lstm"}
+            other = "mlp" if other == "lstm" else other
+        if flag == "targets" and "targets" in read_by(name):
+            other = {"ln": ("norm",), "parallel": ("model.layers.0.mlp",)}.get(name, ("o_proj",))
+        wanted = {"prompt_ids": "prompt_text"}.get(flag, flag) in read_by(name)
+        if flag.endswith("_pattern") and (not wanted or name == "eva"):
+            with pytest.raises(ValueError, match="pattern"):
+                check_options(name, Options(quantize=torch.nn.Linear, **{flag: other}))
+            continue
+        found = [effect(tmp_path / flag / str(i), name, **needs, **{flag: v}) for i, v in enumerate((one, other))]
+        assert (found[0] != found[1]) == wanted, flag
+    vectors = all(p.ndim < 2 for p in trained(make(tmp_path / "base", name)).values())
+    assert vectors == getattr(find_method(name), "VECTORS", False)

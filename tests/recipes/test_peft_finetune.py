@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.tokenizers import load_tokenizer
-from modules.methods import METHODS
+from modules.methods import METHODS, read_by
 from tests.tiny import losses, make_checkpoint, read_metrics, run_recipe, sums, write_rows
 
 RATES = {"ia3": 3e-2, "bitfit": 3e-2, "ln": 3e-2, "vera": 3e-2, "prompt": 3e-2, "prefix": 3e-2}
@@ -26,12 +26,15 @@ def base(tmp_path_factory):
 
 
 def train(base, output, method, *flags, steps=8):
+    sizes = {"rank": "4", "alpha": "8", "num_virtual_tokens": "4"}
+    for name in sizes.keys() & set(read_by(method)):
+        flags = (f"--{name}", sizes[name], *flags)
     return run_recipe(
         "peft_finetune",
         *("--model", base / "base", "--data", base / "rows.jsonl", "--eval-data", base / "rows.jsonl"),
-        *("--output", output, "--device", "cpu", "--method", method, "--rank", "4", "--alpha", "8", "--epochs", "9"),
+        *("--output", output, "--device", "cpu", "--method", method, "--epochs", "9"),
         *("--seq-len", "64", "--batch-size", "4", "--schedule", "constant", "--lr", RATES.get(method, 3e-3)),
-        *("--save-every", "4", "--max-steps", steps, "--num-virtual-tokens", "4", *flags),
+        *("--save-every", "4", "--max-steps", steps, *flags),
     )
 
 

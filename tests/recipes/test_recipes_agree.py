@@ -120,6 +120,12 @@ def test_flags_of_the_contract(name):
 
 
 @pytest.mark.parametrize("name", [*TRAINING, *VARIANTS])
+def test_a_command_line_s_flags_all_count(name):
+    source = (ROOT / "recipes" / f"{name}.py").read_text()
+    assert source.endswith("    with clear_errors():\n        main(refuse_ignored(tyro.cli(Config)))\n")
+
+
+@pytest.mark.parametrize("name", [*TRAINING, *VARIANTS])
 def test_switches_come_in_pairs(name):
     recipe = importlib.import_module(f"recipes.{name}")
     required = ["--model", "m", "--data", "d", "--output", "o"]

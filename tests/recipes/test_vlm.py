@@ -375,7 +375,12 @@ def test_recipes_for_text_say_that_it_sees(base, tmp_path, recipe):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--vision-lr", "-1"), ("--language-lr", "nan"), ("--lr", "0", "--vision-lr", "1e-3")]
+    "flags",
+    [
+        ("--vision", "lora", "--vision-lr", "-1"),
+        ("--language-lr", "nan"),
+        ("--lr", "0", "--vision", "lora", "--vision-lr", "1e-3"),
+    ],
 )
 def test_learning_rates_are_positive(base, tmp_path, flags):
     done = train(base, tmp_path / "run", *flags, check=False)
