@@ -190,6 +190,12 @@ def ignored_by_parts(cfg: Any) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("quantize",), "with --vision full and --language full: what is trained in full is not quantised"
 
 
+def describe_choices(cfg: Any) -> str:
+    """How frozen weights, activations and moments are kept: what a run's start says in one line."""
+    names = ("quantize", "activations", "optimizer")
+    return ", ".join(f"{name} {getattr(cfg, name)}" for name in names if hasattr(cfg, name))
+
+
 def shown(cfg: Any, name: str) -> str:
     """A flag as on the command line."""
     value = getattr(cfg, name)

@@ -115,12 +115,13 @@ def plan_vision(
 
 
 def describe_memory(plan: dict[str, int]) -> str:
-    gib = {name: size / 2**30 for name, size in plan.items()}
-    host = gib.pop("host")
-    total = sum(gib.values()) - min(gib["one block"], gib["loss"])  # which are never alive together
-    parts = ", ".join(f"{name} {size:.2f}" for name, size in gib.items())
-    waiting = f", and {host:.2f} GiB of host memory" if host > 0.005 else ""
-    return f"memory: about {total:.2f} GiB ({parts}){waiting}"
+    sizes = dict(plan)
+    host = sizes.pop("host")
+    total = sum(sizes.values()) - min(sizes["one block"], sizes["loss"])  # which are never alive together
+    unit, scale, digits = ("GiB", 2**30, 2) if total >= 2**30 else ("MiB", 2**20, 1)  # a small model's are 0.00 GiB
+    parts = ", ".join(f"{name} {size / scale:.{digits}f}" for name, size in sizes.items())
+    waiting = f", and {host / scale:.{digits}f} {unit} of host memory" if host > scale / 200 else ""
+    return f"memory: about {total / scale:.{digits}f} {unit} ({parts}){waiting}"
 
 
 def storage_bytes(tensor: Tensor) -> int:

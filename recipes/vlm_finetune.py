@@ -27,7 +27,7 @@ from checkpointing.adapters import save_adapter
 from checkpointing.atomic import atomic_folder
 from checkpointing.errors import clear_errors, say
 from checkpointing.export import save_model
-from checkpointing.flags import check_flags, refuse_ignored
+from checkpointing.flags import check_flags, describe_choices, refuse_ignored
 from checkpointing.loggers import open_loggers
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from checkpointing.run_folder import RunFolder
@@ -195,7 +195,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     torch.manual_seed(cfg.seed)
     make_deterministic(cfg.deterministic)
     enable_compile(cfg.compile)
-    say(describe_device(device, dtype))
+    say(f"{describe_device(device, dtype)}; {describe_choices(cfg)}")
 
     # -----------------------------------------------------------------------------------------------------------------
     # 3 Tokenizer and data

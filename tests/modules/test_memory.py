@@ -37,3 +37,13 @@ def test_the_plan_of_lora(row, peak, host):
     assert peak * 0.98 < total < peak * 1.1
     assert waiting == pytest.approx(host, abs=0.51)  # it is locked in pieces of 16 MiB, 16 at a time
     assert describe_memory(plan | {"host": int(waiting * 2**30)}).startswith(f"memory: about {total:.2f} GiB (weights ")
+
+
+def test_a_small_plan_is_told_in_mib():
+    names = ("weights", "gradients", "optimizer", "activations", "one block", "loss")
+    plan = dict(zip(names, (4 * 2**20, 2**19, 2**20, 160 * 2**20, 40 * 2**20, 2**17), strict=True)) | {
+        "host": 3 * 2**20
+    }
+    told = "(weights 4.0, gradients 0.5, optimizer 1.0, activations 160.0, one block 40.0, loss 0.1)"
+    assert describe_memory(plan) == f"memory: about 205.5 MiB {told}, and 3.0 MiB of host memory"
+    assert describe_memory(plan | {"weights": 2**30, "host": 0}).startswith("memory: about 1.20 GiB (weights 1.00, ")

@@ -81,6 +81,10 @@ def test_lora(base, plain, tmp_path, measure, quantize):
     check_same(tmp_path / "run", plain("lora_finetune", *flags, *packing), 1e-5)
     assert ("forward and backward by hand" in done.stderr) == ("--fused" in MEASURES[measure])
     assert "first step done after" in done.stderr
+    flags = (*flags, *MEASURES[measure])
+    chosen = [flags[flags.index(f"--{n}") + 1] for n in ("quantize", "activations", "optimizer") if f"--{n}" in flags]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("device: cpu, ")]
+    assert ", float32; quantize " in line and all(f" {choice}" in line for choice in chosen)
 
 
 @pytest.mark.parametrize("measure", ["by hand, lean", "everything", "streamed by hand, from disk"])

@@ -144,6 +144,12 @@ def test_torchao_is_imported_in_one_place():
     assert importing == ["modules/torchao_parts.py"]
 
 
+def test_nothing_needs_numpy():
+    files = [path for folder in CODE for path in (ROOT / folder).glob("*.py")]
+    assert len(files) > 80
+    assert not [path.name for path in files if re.search(r"import numpy|from numpy|\.numpy\(", path.read_text())]
+
+
 def test_every_folder_with_code_is_installed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent.relative_to(ROOT) for folder in CODE for path in (ROOT / folder).rglob("*.py")}
