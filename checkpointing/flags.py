@@ -17,6 +17,8 @@ from checkpointing.loggers import check_loggers
 from checkpointing.run_folder import check_keep_last
 from data.batches import check_batches, check_length, fit_seq_len
 from data.chat_templates import check_chat_format
+from data.dataset import room_behind
+from data.new_tokens import read_tokens
 from modules import step_in_backward, whole_modules
 from modules.device import pick_device, pick_dtype
 from modules.lora import check_sizes
@@ -76,7 +78,8 @@ def check_flags(cfg: Any) -> None:
 def check_method(cfg: Any, dtype: torch.dtype) -> None:
     """peft_finetune.py's."""
     method = find_method(cfg.method)
-    check_options(cfg.method, method_options(cfg))
+    check_options(cfg.method, options := method_options(cfg))
+    read_tokens(cfg.new_tokens)
     if cfg.weights != "resident":
         if hasattr(method, "NEEDS_RESIDENT"):
             raise ValueError(method.NEEDS_RESIDENT)
@@ -85,6 +88,8 @@ def check_method(cfg: Any, dtype: torch.dtype) -> None:
     if hasattr(method, "VIRTUAL_TOKENS") and (cfg.new_tokens or cfg.modules_to_save):
         what = "--new-tokens" if cfg.new_tokens else "--modules-to-save"
         raise ValueError(f"{what} does not go with --method {cfg.method}, whose adapter is one tensor in PEFT's format")
+    if hasattr(method, "VIRTUAL_TOKENS") and not cfg.prompt_text:  # whose number may be the text's
+        room_behind(options.num_virtual_tokens, cfg.seq_len)
     if cfg.modules_to_save:
         whole_modules.check_dtype(dtype)
 
@@ -156,6 +161,8 @@ def ignored(cfg: Any) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("activations_host_gib",), f"with --activations {cfg.activations}"
     if not flags.get("fused"):
         yield ("activations_host_gib",), "without --fused, in blocks of plain modules"
+    elif flags.get("dropout"):
+        yield ("activations_host_gib",), f"with --dropout {cfg.dropout}, which only plain modules do"
     if "method" in flags:
         yield from ignored_by_method(cfg)
     if "vision" in flags:

@@ -115,9 +115,7 @@ def load_dataset(
     if seq_len is not None and seq_len < 2:
         raise ValueError(f"--seq-len {seq_len} leaves nothing to predict; it must be at least 2")
     virtual = len(virtual_ids)
-    room = None if seq_len is None else seq_len - virtual
-    if virtual and room is not None and room < 2:
-        raise ValueError(f"--seq-len {seq_len} leaves no room behind {virtual} virtual tokens: raise it")
+    room = room_behind(virtual, seq_len)
     report = DatasetReport(str(path), seq_len, virtual_tokens=virtual)
     images = None
     if image_processor is not None:
@@ -181,6 +179,13 @@ def load_dataset(
         fingerprint=digest.hexdigest(),
         images=images,
     )
+
+
+def room_behind(virtual: int, seq_len: int | None) -> int | None:
+    """Tokens of a row that fit into `seq_len` behind so many virtual ones; ValueError if none do."""
+    if virtual and seq_len is not None and seq_len - virtual < 2:
+        raise ValueError(f"--seq-len {seq_len} leaves no room behind {virtual} virtual tokens: raise it")
+    return None if seq_len is None else seq_len - virtual
 
 
 def _examples(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from models.vision_language import VisionLanguageModel
+from modules.adapter_parts import names_no
 from modules.lora import add_lora
 from modules.quantize import quantize_blocks
 from modules.weight_streaming import StreamedWeights
@@ -73,8 +74,11 @@ def train_parts(
     adapted = []
     for part, choice in how.items():
         names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and model.part_of(n) == part]
-        if part == "language":
-            names = [name for name in names if name.rpartition(".")[2] in targets]
+        if part == "language" and choice == "lora":
+            hits = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
+            if unknown := [target for target, hit in hits.items() if not hit]:
+                raise ValueError(f"{names_no('--targets', unknown, 'linear layer')} of the language model")
+            names = [name for name in names if any(name in hit for hit in hits.values())]
         adapted += names if choice == "lora" else []
     if adapted:
         add_lora(model, targets=adapted, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype)

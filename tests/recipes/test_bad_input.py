@@ -153,6 +153,8 @@ AT_ONCE = {
         "--method prefix --modules-to-save norm": "--modules-to-save does not go with --method prefix",
         "--modules-to-save norm --dtype float16": "--modules-to-save: float16",
         "--method houlsby --rank 0": "--rank 0 must be at least 1",
+        "--method prompt --seq-len 21": "--seq-len 21 leaves no room behind 20 virtual tokens",
+        "--new-tokens <a> <a>": "--new-tokens '<a>': a token is given once",
     },
     "full_finetune": {
         "--freeze-layers -1": "--freeze-layers -1 must not be negative",
@@ -179,6 +181,7 @@ IGNORED = {
         "--activations none --activations-every 2": "--activations-every 2 has no effect with --activations none",
         "--activations-host-gib 2 --fused": "--activations-host-gib 2.0 has no effect with --activations lean",
         "--activations offload --activations-host-gib 2 --no-fused": "-host-gib 2.0 has no effect without --fused",
+        "--activations offload --activations-host-gib 2 --fused --dropout 0.1": "has no effect with --dropout 0.1",
     },
     "peft_finetune": {
         "--method prompt --rank 8": "--rank 8 has no effect with --method prompt",

@@ -6,6 +6,7 @@ import random
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
+from checkpointing.run_folder import RunFolder
 from data.tokenizers import load_tokenizer
 from models import build_model
 from recipes import quickstart, quickstart_base
@@ -109,6 +111,14 @@ def test_an_earlier_quickstart_is_replaced(tmp_path, capsys, keep_threads):
     assert [{key: row[key] for key in ("prompt", "completion")} for row in answers] == held_out
     assert capsys.readouterr().out.count("LoRA") >= 2
     assert (tmp_path / "lora" / "loss.svg").exists() and (tmp_path / "qlora" / "loss.svg").exists()
+
+
+def test_ctrl_c_in_a_training_ends_it_all(tmp_path, monkeypatch, keep_threads):
+    monkeypatch.setattr(RunFolder, "cut_metrics", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as stop:
+        quickstart.main(quickstart.Config(output=tmp_path, train_rows=8, held_out_rows=2, epochs=1))
+    assert stop.value.code == 130 and (tmp_path / "lora/checkpoints/step-0").is_dir()
+    assert not (tmp_path / "qlora").exists()
 
 
 def test_a_run_that_is_not_a_quickstart_stays(tmp_path, keep_threads):

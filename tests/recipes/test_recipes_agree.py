@@ -120,8 +120,10 @@ def test_flags_of_the_contract(name):
 
 
 @pytest.mark.parametrize("name", [*TRAINING, *VARIANTS])
-def test_a_command_line_s_flags_all_count(name):
+def test_how_a_run_begins_and_stops(name):
+    """Flags of a command line all count; a run that was stopped does not look complete."""
     source = (ROOT / "recipes" / f"{name}.py").read_text()
+    assert 'go on with --resume")\n        raise SystemExit(run.stop_status)\n' in source
     assert source.endswith("    with clear_errors():\n        main(refuse_ignored(tyro.cli(Config)))\n")
 
 

@@ -338,6 +338,8 @@ def test_what_cannot_work(base, tmp_path):
         (("--language", "full", "--weights", "stream"), "not with --language full"),
         (("--language", "full", "--embedding", "host"), "not with --language full"),
         (("--quantize-head",), "needs --quantize nf4"),
+        (("--targets", "q_proj", "v_prj"), "--targets v_prj names no linear layer of the language model"),
+        (("--targets", "fc1"), "--targets fc1 names no linear layer of the language model"),  # the vision tower's
         (("--quantize-head", "--quantize", "nf4", "--language", "full"), "quantised weights are frozen"),
     ):
         done = train(base, tmp_path / "run", *flags, check=False)
