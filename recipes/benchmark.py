@@ -57,7 +57,7 @@ class Config:
     rungs: do all of them train alike? longest: memory against sequence length. small: 8B and 70B under small caps.
     full: every weight trained. vlm: LLaVA-1.5-7B, an image in each row."""
     only: tuple[str, ...] = ()
-    """speed, peers, rungs, full, vlm: only rows whose printed line contains one of these texts (2x2048, fast)."""
+    """All but longest: only rows whose printed line contains one of these texts (2x2048, fast)."""
     steps: int = 13
     """Steps per measurement; the first three are not timed."""
     activations_gib: tuple[float, ...] = ()
@@ -198,8 +198,9 @@ def measure_small(cfg: Config, machine: Machine, results: Results) -> None:
     """Models larger than the card: weights streamed under a cap, beside resident ones without."""
     common = dict(quantize="nf4", quantize_head=cfg.quantize_head, embedding="host")
     common |= dict(activations="offload", optimizer="adamw-host")
-    (row,) = shrink([Row("llama-3.1-8b", 1, 2048, weights="stream", cap_gib=4, **common)], machine)
-    add(results, "small", row, attempt(machine, build_and_train, row, machine, steps=cfg.steps))
+    small = Row("llama-3.1-8b", 1, 2048, weights="stream", cap_gib=4, **common)
+    for row in wanted([small], cfg, machine):
+        add(results, "small", row, attempt(machine, build_and_train, row, machine, steps=cfg.steps))
     for weights in ("stream", "resident"):
         rows = [
             Row("llama-3.3-70b", 1, length, weights=weights, cap_gib=cap, **common)
@@ -207,8 +208,10 @@ def measure_small(cfg: Config, machine: Machine, results: Results) -> None:
         ]
         if weights == "resident":
             rows = [replace(row, cap_gib=None) for row in rows]
+        if not (rows := wanted(rows, cfg, machine)):
+            continue
         measure = shared_model(rows[0], machine)
-        for row in shrink(rows, machine):
+        for row in rows:
             add(results, "small", row, measure(row, steps=3, untimed=1, warm_up=True))
         del measure  # before the next model is made
 

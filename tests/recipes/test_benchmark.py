@@ -30,7 +30,7 @@ def dry(tmp_path_factory):
     """All parts, on a few rows."""
     path = tmp_path_factory.mktemp("benchmark") / "results.json"
     only = ["1B LoRA", "8B QLoRA 2x2048, offload", "8B QLoRA 2x2048, none", "1B full 1x2048", "8B full 1x2048"]
-    only += ["7B LoRA", "7B QLoRA 1x"]
+    only += ["70B", "7B LoRA", "7B QLoRA 1x"]
     return run(path, "--only", *only, "--activations-gib", 0.001, "--confirm-gib", 8)
 
 
