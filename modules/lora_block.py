@@ -184,9 +184,9 @@ class _Pass:
         """∂x, and the gradients of the adapters of q, k, v and o. Empties `kept.heads` on the way."""
         layers = self.layers
         dout, g_o = layers.o.backward(dx_mid)
-        out = _together([out.detach() for _, _, _, out in kept.heads]).flatten(1)
-        grads_o = layers.o.gradients(dx_mid, g_o, out, kept.a_o)
-        del out
+        outs = [_together([out.detach()]).flatten(1) for _, _, _, out in kept.heads]
+        grads_o = layers.o.gradients(dx_mid, g_o, kept.a_o, *outs)
+        del outs
         dout = dout.view(self.batch, -1, dout.shape[1] // layers.head_dim, layers.head_dim).transpose(1, 2)
         parts = []
         for dout_g in dout.chunk(self.groups, dim=1):
@@ -200,7 +200,7 @@ class _Pass:
         del dq, dk, dv
         dn, g_qkv = layers.qkv.backward(dqkv)
         dx, n = rms_norm_backward(dn, x, layers.norm.weight, layers.norm.eps, dx_mid)
-        return dx, layers.qkv.gradients(dqkv, g_qkv, n, kept.a_qkv) + grads_o
+        return dx, layers.qkv.gradients(dqkv, g_qkv, kept.a_qkv, n) + grads_o
 
     def gate_and_up(self, x_mid: Tensor) -> tuple[Tensor, Tensor | None]:
         norm = self.layers.norm2
@@ -216,11 +216,11 @@ class _Pass:
         dgate_up, h = gate_up, dh  # the same memory by its new names: the line above overwrote all three
         if a_down is None:
             a_down = layers.down.low_rank(h)
-        grads_down = layers.down.gradients(dy, g_down, h, a_down)
+        grads_down = layers.down.gradients(dy, g_down, a_down, h)
         del dh, h
         dn, g = layers.gate_up.backward(dgate_up)
         dx_mid, n = rms_norm_backward(dn, x_mid, norm.weight, norm.eps, dy)
-        return dx_mid, layers.gate_up.gradients(dgate_up, g, n, a) + grads_down
+        return dx_mid, layers.gate_up.gradients(dgate_up, g, a, n) + grads_down
 
 
 def _together(groups_BNTH: Sequence[Tensor]) -> Tensor:

@@ -86,11 +86,15 @@ class Projections:
             del W
         return dx, g_TR
 
-    def gradients(self, dy_TO: Tensor, g_TR: Tensor | None, x_TD: Tensor, a_TR: Tensor | None) -> list[Tensor]:
-        """[dA / s, dB] of one adapter after the other, in the dtype of the products; for a `GradientSum`."""
+    def gradients(self, dy_TO: Tensor, g_TR: Tensor | None, a_TR: Tensor | None, *x: Tensor) -> list[Tensor]:
+        """[dA / s, dB] of one adapter after the other, in the dtype of the products; for a `GradientSum`.
+
+        x [T, D], or several tensors that have it side by side.
+        """
         if not self.adapted:
             return []
-        dA_RD, dBs = g_TR.t() @ x_TD, [dy.t() @ a for dy, a, _ in self._adapters(dy_TO, a_TR)]
+        dA_RD = torch.cat([g_TR.t() @ part for part in x], dim=1) if len(x) > 1 else g_TR.t() @ x[0]
+        dBs = [dy.t() @ a for dy, a, _ in self._adapters(dy_TO, a_TR)]
         dAs = dA_RD.split([rank for rank in self.ranks if rank]) if len(dBs) > 1 else [dA_RD]
         return [grad for pair in zip(dAs, dBs, strict=True) for grad in pair]
 
@@ -100,8 +104,8 @@ class Projections:
             return []
         if len(self.layers) == 1:
             return [(y_TO, a_TR, self.Bs[0])]
-        columns = zip(y_TO.split(self.sizes, dim=1), a_TR.split(self.ranks, dim=1), self.Bs, strict=True)
-        return [(y, a, B) for y, a, B in columns if B is not None]
+        ys, low = y_TO.split_with_sizes(self.sizes, dim=1), a_TR.split_with_sizes(self.ranks, dim=1)
+        return [(y, a, B) for y, a, B in zip(ys, low, self.Bs, strict=True) if B is not None]
 
     def _frozen(self) -> Iterator[tuple[slice | None, bool, Tensor]]:
         """Columns of y (None: all), whether an adapter has written to them before, and W."""
