@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from checkpointing.errors import say
 from checkpointing.loggers import check_loggers
 from checkpointing.run_folder import check_keep_last
 from data.batches import check_batches, check_length, fit_seq_len
@@ -37,7 +38,8 @@ FLOAT16 = "float16 cannot hold an Adam step of weights trained in full: use --dt
 def check_flags(cfg: Any) -> None:
     """Raise ValueError, or OSError for a data file that is not there, for flags that cannot work.
 
-    `cfg`: a training recipe's Config. Flags that not all recipes have are asked about where they are there.
+    `cfg`: a training recipe's Config. Flags that not all recipes have are asked about where they are there. A flag that
+    another one leaves without effect is no error; it gets a line.
     """
     flags = vars(cfg)
     dtype = pick_dtype(cfg.dtype, pick_device(cfg.device))
@@ -73,6 +75,7 @@ def check_flags(cfg: Any) -> None:
         if path is not None:
             path.stat()
     check_loggers(cfg)
+    say_ignored(cfg)
 
 
 def check_method(cfg: Any, dtype: torch.dtype) -> None:
@@ -135,19 +138,14 @@ def check_trainable(cfg: Any) -> None:
         raise ValueError(ARE_FROZEN)
 
 
-def refuse_ignored(cfg: Any) -> Any:
-    """A command line's Config, as it is; ValueError for a flag that another one leaves without effect.
-
-    It is one that was given: its value is not the default. (compare_methods.py, which hands all methods the same
-    settings, calls a recipe's main() itself.)
-    """
+def say_ignored(cfg: Any) -> None:
+    """A line for each flag that was given (its value is not the default) and that another one leaves without effect."""
     for names, why in ignored(cfg):
         for field in dataclasses.fields(cfg):
             # Who writes out what happens anyway is not mistaken: 20 virtual tokens.
             same = (field.default, getattr(Options, field.name, field.default))
             if field.name in names and getattr(cfg, field.name) not in same:
-                raise ValueError(f"{shown(cfg, field.name)} has no effect {why}: leave it out")
-    return cfg
+                say(f"note: {shown(cfg, field.name)} has no effect {why}")
 
 
 def ignored(cfg: Any) -> Iterator[tuple[tuple[str, ...], str]]:

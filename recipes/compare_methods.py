@@ -38,7 +38,7 @@ import tyro
 from checkpointing.atomic import atomic_write_text, claim_folder
 from checkpointing.errors import clear_errors, say
 from modules.device import peak_memory_gib, pick_device
-from modules.methods import METHODS
+from modules.methods import METHODS, read_by
 from recipes import peft_finetune, quickstart
 from recipes.benchmarks.compare_report import draw, table
 from recipes.benchmarks.real_size import write_checkpoint
@@ -214,6 +214,7 @@ def train(cfg: Config, name: str, base: str, settings: dict) -> dict:
     before = peak_memory_gib(device)  # on the CPU, that of Python and PyTorch themselves
     started, processor = time.perf_counter(), time.process_time()
     run = cfg.output / name
+    sizes = {"rank": cfg.rank, "num_virtual_tokens": cfg.num_virtual_tokens}
     peft_finetune.main(
         peft_finetune.Config(
             model=base,
@@ -221,8 +222,6 @@ def train(cfg: Config, name: str, base: str, settings: dict) -> dict:
             eval_data=cfg.output / "held_out.jsonl",
             output=run,
             method=name,
-            rank=cfg.rank,
-            num_virtual_tokens=cfg.num_virtual_tokens,
             prompt_field=cfg.prompt_field,
             completion_field=cfg.completion_field,
             epochs=cfg.max_steps,  # enough: an epoch has a step at least
@@ -235,6 +234,7 @@ def train(cfg: Config, name: str, base: str, settings: dict) -> dict:
             save_every=0,
             device=cfg.device,
             seed=cfg.seed,
+            **{flag: size for flag, size in sizes.items() if flag in read_by(name)},
             **settings,
         )
     )

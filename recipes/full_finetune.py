@@ -26,7 +26,7 @@ from tqdm import tqdm
 from checkpointing.atomic import atomic_folder
 from checkpointing.errors import clear_errors, say
 from checkpointing.export import check_export, save_model
-from checkpointing.flags import check_flags, describe_choices, refuse_ignored
+from checkpointing.flags import check_flags, describe_choices
 from checkpointing.loggers import open_loggers
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from checkpointing.run_folder import RunFolder
@@ -364,4 +364,4 @@ def choose_trainable(model: torch.nn.Module, freeze_layers: int, pattern: str | 
 
 if __name__ == "__main__":
     with clear_errors():
-        main(refuse_ignored(tyro.cli(Config)))
+        main(tyro.cli(Config))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from checkpointing.adapters import save_adapter
 from checkpointing.atomic import atomic_folder
 from checkpointing.errors import clear_errors, say
-from checkpointing.flags import check_flags, describe_choices, refuse_ignored
+from checkpointing.flags import check_flags, describe_choices
 from checkpointing.loggers import open_loggers
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from checkpointing.run_folder import RunFolder
@@ -379,4 +379,4 @@ def train(cfg: Config, run: RunFolder) -> None:
 
 if __name__ == "__main__":
     with clear_errors():
-        main(refuse_ignored(tyro.cli(Config)))
+        main(tyro.cli(Config))

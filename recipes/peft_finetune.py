@@ -26,7 +26,7 @@ from tqdm import tqdm
 from checkpointing.adapters import save_adapter
 from checkpointing.atomic import atomic_folder
 from checkpointing.errors import clear_errors, say
-from checkpointing.flags import check_flags, describe_choices, method_options, refuse_ignored
+from checkpointing.flags import check_flags, describe_choices, method_options
 from checkpointing.loggers import open_loggers
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from checkpointing.run_folder import RunFolder
@@ -419,4 +419,4 @@ def train(cfg: Config, run: RunFolder) -> None:
 
 if __name__ == "__main__":
     with clear_errors():
-        main(refuse_ignored(tyro.cli(Config)))
+        main(tyro.cli(Config))

@@ -102,8 +102,7 @@ def run_recipe(name: str, *arguments, check: bool = True) -> subprocess.Complete
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
             with clear_errors():
-                cfg = tyro.cli(recipe.Config, args=[str(argument) for argument in arguments])
-                recipe.main(getattr(recipe, "refuse_ignored", lambda cfg: cfg)(cfg))
+                recipe.main(tyro.cli(recipe.Config, args=[str(argument) for argument in arguments]))
         except SystemExit as stop:
             code = stop.code or 0
     if check and code:

@@ -131,7 +131,7 @@ FLAGS = {  # two values, and what they need to have an effect
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_reads_what_it_says(tmp_path, name):
-    """And nothing else: recipes refuse a flag that a method ignores, going by READS."""
+    """And nothing else: recipes say which flags a method ignores, going by READS."""
     for flag, (one, other, needs) in FLAGS.items():
         if name == "prefix":
             needs = {key: value for key, value in needs.items() if value != "lstm"}

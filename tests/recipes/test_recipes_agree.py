@@ -124,7 +124,7 @@ def test_how_a_run_begins_and_stops(name):
     """Flags of a command line all count; a run that was stopped does not look complete."""
     source = (ROOT / "recipes" / f"{name}.py").read_text()
     assert 'go on with --resume")\n        raise SystemExit(run.stop_status)\n' in source
-    assert source.endswith("    with clear_errors():\n        main(refuse_ignored(tyro.cli(Config)))\n")
+    assert source.endswith("    with clear_errors():\n        main(tyro.cli(Config))\n")
 
 
 @pytest.mark.parametrize("name", [*TRAINING, *VARIANTS])
