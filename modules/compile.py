@@ -55,7 +55,7 @@ def compiled(function: Callable, *, any_length: bool = True) -> Callable:
             if key not in kernels:
                 kernels[key] = _build(function, args, tokens)
             kernel = seen[exactly] = kernels[key]
-        return kernel([a for a in args if isinstance(a, Tensor)])
+        return kernel(*[a for a in args if isinstance(a, Tensor)])
 
     return call
 
@@ -70,10 +70,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _build(function: Callable, args: tuple, tokens: int) -> Callable:
-    """A kernel that takes a list of the tensors among `args`; the other arguments are constants in it."""
-    from torch._inductor.compile_fx import compile_fx_inner  # takes seconds
-    from torch._inductor.decomposition import select_decomp_table
-
+    """A kernel that takes the tensors among `args`; the other arguments are constants in it."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
 
     def fake(tensor: Tensor) -> Tensor:
@@ -83,24 +80,14 @@ def _build(function: Callable, args: tuple, tokens: int) -> Callable:
 
     def of_tensors(*tensors):
         waiting = iter(tensors)
-        return function(*(next(waiting) if isinstance(a, Tensor) else a for a in args))
-
-    single = False
-
-    def as_tuple(*tensors):  # which the compiler wants to be returned
-        nonlocal single
-        result = of_tensors(*tensors)
-        single = isinstance(result, Tensor)
-        return (result,) if single else result or ()
+        result = function(*(next(waiting) if isinstance(a, Tensor) else a for a in args))
+        return () if result is None else result
 
     try:
         fakes = [fake(a) for a in args if isinstance(a, Tensor)]
         with mode, torch.no_grad():
-            functional = torch.func.functionalize(as_tuple, remove="mutations")
-            graph = make_fx(functional, decomposition_table=select_decomp_table())(*fakes)
-        kernel = compile_fx_inner(graph, fakes)
+            graph = make_fx(of_tensors)(*fakes)
+        return torch._inductor.compile(graph, fakes)
     except Exception as error:  # these entrances to the compiler are not promised to stay as they are
         warnings.warn(f"{function.__name__} goes through torch.compile ({error!r:.200})", stacklevel=2)
-        kernel = torch.compile(of_tensors)
-        return lambda tensors: kernel(*tensors)
-    return (lambda tensors: kernel(tensors)[0]) if single else kernel
+        return torch.compile(of_tensors)
