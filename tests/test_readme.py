@@ -76,19 +76,26 @@ def test_numbers_are_those_of_the_raw_files():
     fit = h100["longest_fit"]
     assert f"{fit['fixed_gib']:.1f} GiB and {fit['kb_per_token']:.0f} KB per token" in README
     words = " ".join(README.split())
-    tiny, capped, longer, resident = h100["small"]
-    for row in (tiny, capped):
+    places = {(row["settings"]["length"], row["settings"]["weights"]): row for row in h100["small"]}
+    for length in (2048, 4096, 16384):
+        row = places[length, "stream"]
         assert row["within_cap"] and f"{row['card_gib']:.1f} GiB, {row['tokens_per_second']:,.0f} tokens/s" in words
-    assert longer["within_cap"] and f"{longer['card_gib']:.1f} GiB" in words
-    share = capped["tokens_per_second"] / resident["tokens_per_second"]
-    assert f"{share:.0%}".replace("%", " %") in words and f"({resident['card_gib']:.0f} GiB)" in words
+    for length, share in ((4096, "98 %"), (16384, "99.6 %")):
+        ratio = places[length, "stream"]["tokens_per_second"] / places[length, "resident"]["tokens_per_second"]
+        assert abs(100 * ratio - float(share[:-1])) < 0.5 and f"{share}" in words
+    assert f"({places[4096, 'resident']['card_gib']:.0f} GiB)" in words
     lora, _, qlora, loading, _ = h100["vlm"]
     assert f"LoRA {lora['tokens_per_second']:,.0f} tokens/s at {lora['peak_gib']:.1f} GiB" in words
     assert f"QLoRA {qlora['tokens_per_second']:,.0f} at {qlora['peak_gib']:.1f} ({qlora['card_gib']:.1f} on" in words
     assert f"{100 * loading['idle_share']:.1f} % of its time" in words
     confirmed = [row for row in h200["longest"] if row["settings"]["cap_gib"]]
     assert all(row["within_cap"] and f"{row['settings']['length']:,} tokens" in README for row in confirmed)
+    failed = [row["settings"] for row in h100["longest"] if "failed" in row]
+    assert failed and all(f"{row['length']:,} under a cap of {row['cap_gib']:.0f} GiB" in words for row in failed)
     assert all(f"{row['peak_gib']:.1f} GiB" in README for row in h200["full"])
+    for row in h100["full"]:
+        if row["settings"]["batch"] == 4:
+            assert f"{row['peak_gib']:.1f} GiB and {row['tokens_per_second']:,.0f}" in words
 
 
 def test_the_benchmarks_page_shows_the_raw_files():
