@@ -20,7 +20,8 @@ rank-r products) is one pass over memory away. What is kept is the caller's choi
                is how `--activations offload --activations-host-gib G` runs the first blocks, as many as fit into G
 
 The feed-forward runs over tiles of tokens, and attention over groups of heads, so that what is alive inside a block
-grows with neither gate and up (57 KB per token) nor the float32 workspace of attention's backward (32 KB).
+grows with neither gate and up (57 KB per token) nor the float32 workspace of attention's backward (32 KB). What a group
+of heads read and made is in tensors of its own, which go when it is done.
 
 This covers blocks of `models/llama.py` whose seven linear layers are nn.Linear, quantised or LoRALinear over one of
 them, frozen but for the adapters, with SiLU, without biases and dropout; modules/fused_blocks.py checks that.
@@ -122,13 +123,16 @@ class FusedBlock(torch.autograd.Function):
         run = _Pass(layers, shape, cos, sin, how.layout)
         # What was kept serves one backward and is freed on the way; another one (retain_graph) computes it again.
         kept, ctx.kept = ctx.kept or run.first_half(x), None
-        dy, dx_mid, second_half = grad.flatten(0, 1), None, GradientSum(layers.gate_up, layers.down)
+        dy, x_mid, second_half = grad.flatten(0, 1), kept.x_mid, GradientSum(layers.gate_up, layers.down)
         for tile in run.tiles:
-            gate_up = kept.gate_up.pop(0) if kept.gate_up else (*run.gate_and_up(kept.x_mid[tile]), None)
-            dx_tile, grads = run.feed_forward_backward(dy[tile], kept.x_mid[tile], gate_up)
+            gate_up = kept.gate_up.pop(0) if kept.gate_up else (*run.gate_and_up(x_mid[tile]), None)
+            dx_tile, grads = run.feed_forward_backward(dy[tile], x_mid[tile], gate_up)
             second_half.add(grads)
-            dx_mid = _place(dx_mid, dx_tile, tile, len(x))
-            del gate_up, dx_tile
+            if len(run.tiles) > 1:
+                x_mid[tile] = dx_tile  # in the place of x', which nobody needs any more
+            del gate_up
+        dx_mid = dx_tile if len(run.tiles) == 1 else x_mid
+        del dx_tile, x_mid
         kept = kept._replace(x_mid=None, saved=[])
         dx, grads = run.attention_backward(dx_mid, x, kept)
         first_half = GradientSum(layers.qkv, layers.o)
@@ -169,38 +173,51 @@ class _Pass:
         qkv, a_qkv = layers.qkv.forward(rms_norm(x, layers.norm.weight, layers.norm.eps))
         q, k, v = split_and_rotate(qkv, *self.tables, layers.heads, layers.kv_heads)
         del qkv
-        q, k, v = (t.view(self.batch, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))  # [B, N, T, H]
+        groups = list(zip(*(self._split(t) for t in (q, k, v)), strict=True))
+        del q, k, v
         heads, saved = [], []
         with torch.enable_grad():
-            for parts in zip(*(t.chunk(self.groups, dim=1) for t in (q, k, v)), strict=True):
+            for parts in groups:
                 leaves = [part.detach().requires_grad_() for part in parts]
                 with saved_for_backward() if sent_away else nullcontext([]) as kept_by_graph:
                     heads.append((*leaves, attend(*leaves, self.layout)))
                 saved += kept_by_graph
-        x_mid, a_o = layers.o.forward(_together([out.detach() for _, _, _, out in heads]).flatten(1), onto=x)
+        x_mid, a_o = layers.o.forward(*(_by_token(out.detach()).flatten(1) for _, _, _, out in heads), onto=x)
         return Kept(heads, a_qkv, a_o, x_mid, [], saved)
+
+    def _split(self, heads_TNH: Tensor) -> list[Tensor]:
+        """Each group's heads, [B, N, T, H], in memory of their own."""
+        parts = [part.contiguous() for part in heads_TNH.chunk(self.groups, dim=1)]
+        return [part.view(self.batch, -1, *part.shape[1:]).transpose(1, 2) for part in parts]
 
     def attention_backward(self, dx_mid: Tensor, x: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
         """∂x, and the gradients of the adapters of q, k, v and o. Empties `kept.heads` on the way."""
         layers = self.layers
-        dout, g_o = layers.o.backward(dx_mid)
-        outs = [_together([out.detach()]).flatten(1) for _, _, _, out in kept.heads]
-        grads_o = layers.o.gradients(dx_mid, g_o, kept.a_o, *outs)
+        g_o = layers.o.low_rank_backward(dx_mid)
+        outs = [_by_token(out.detach()).flatten(1) for _, _, _, out in kept.heads]
+        grads_o = layers.o.gradients(layers.o.B_gradients(dx_mid, kept.a_o), g_o, *outs)
+        columns = [out.shape[1] for out in outs]
         del outs
-        dout = dout.view(self.batch, -1, dout.shape[1] // layers.head_dim, layers.head_dim).transpose(1, 2)
-        parts = []
-        for dout_g in dout.chunk(self.groups, dim=1):
+        dq, dk, dv, end = [], [], [], 0
+        for size in columns:
+            start, end = end, end + size
+            dout = layers.o.backward(dx_mid, g_o, slice(start, end) if len(columns) > 1 else None)
             *leaves, out = kept.heads.pop(0)
-            parts.append(torch.autograd.grad(out, leaves, dout_g))
-            del leaves, out
-        del dout, dout_g
-        dq, dk, dv = (_together(part) for part in zip(*parts, strict=True))
-        del parts
+            grads = torch.autograd.grad(out, leaves, dout.view(self.batch, -1, *out.shape[1::2]).transpose(1, 2))
+            for parts, grad in zip((dq, dk, dv), grads, strict=True):
+                parts.append(_by_token(grad))
+            del leaves, out, dout, grads, grad
+        dq = _together(dq)
+        dk, dv = _together(dk), _together(dv)
         dqkv = split_and_rotate_backward(dq, dk, dv, *self.tables)
-        del dq, dk, dv
-        dn, g_qkv = layers.qkv.backward(dqkv)
+        del dq, dk, dv, parts
+        g_qkv = layers.qkv.low_rank_backward(dqkv)
+        dn = layers.qkv.backward(dqkv, g_qkv)
+        dBs = layers.qkv.B_gradients(dqkv, kept.a_qkv)
+        del dqkv
         dx, n = rms_norm_backward(dn, x, layers.norm.weight, layers.norm.eps, dx_mid)
-        return dx, layers.qkv.gradients(dqkv, g_qkv, kept.a_qkv, n) + grads_o
+        del dn
+        return dx, layers.qkv.gradients(dBs, g_qkv, n) + grads_o
 
     def gate_and_up(self, x_mid: Tensor) -> tuple[Tensor, Tensor | None]:
         norm = self.layers.norm2
@@ -211,32 +228,29 @@ class _Pass:
         """∂x' of a tile, and the gradients of the adapters of gate, up and down; overwrites gate and up."""
         layers, norm = self.layers, self.layers.norm2
         gate_up, a, a_down = kept
-        dh, g_down = layers.down.backward(dy)
+        g_down = layers.down.low_rank_backward(dy)
+        dh = layers.down.backward(dy, g_down)
         swiglu_backward_(*gate_up.chunk(2, dim=1), dh)
         dgate_up, h = gate_up, dh  # the same memory by its new names: the line above overwrote all three
         if a_down is None:
             a_down = layers.down.low_rank(h)
-        grads_down = layers.down.gradients(dy, g_down, a_down, h)
+        grads_down = layers.down.gradients(layers.down.B_gradients(dy, a_down), g_down, h)
         del dh, h
-        dn, g = layers.gate_up.backward(dgate_up)
+        g = layers.gate_up.low_rank_backward(dgate_up)
+        dn = layers.gate_up.backward(dgate_up, g)
+        dBs = layers.gate_up.B_gradients(dgate_up, a)
         dx_mid, n = rms_norm_backward(dn, x_mid, norm.weight, norm.eps, dy)
-        return dx_mid, layers.gate_up.gradients(dgate_up, g, a, n) + grads_down
+        return dx_mid, layers.gate_up.gradients(dBs, g, n) + grads_down
 
 
-def _together(groups_BNTH: Sequence[Tensor]) -> Tensor:
-    """Heads side by side, as the products read them: [B·T, N, H]."""
-    joined = torch.cat(list(groups_BNTH), dim=1) if len(groups_BNTH) > 1 else groups_BNTH[0]
-    return joined.transpose(1, 2).flatten(0, 1)
+def _by_token(heads_BNTH: Tensor) -> Tensor:
+    """As the products read them: [B·T, N, H]."""
+    return heads_BNTH.transpose(1, 2).flatten(0, 1)
 
 
-def _place(whole, part: Tensor, rows: slice, tokens: int) -> Tensor:
-    """Collect tiles; a single one is the whole."""
-    if len(part) == tokens:
-        return part
-    if rows.start == 0:
-        whole = part.new_empty(tokens, *part.shape[1:])
-    whole[rows] = part
-    return whole
+def _together(groups_TNH: Sequence[Tensor]) -> Tensor:
+    """Groups of heads side by side."""
+    return torch.cat(groups_TNH, dim=1) if len(groups_TNH) > 1 else groups_TNH[0]
 
 
 def _groups(workspace_bytes: int, kv_heads: int) -> int:

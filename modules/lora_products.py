@@ -47,55 +47,71 @@ class Projections:
         self.rows: list[int] = []  # and the address of each in it
 
     def forward(
-        self, x_TD: Tensor, onto: Tensor | None = None, out: Tensor | None = None
+        self, *x_TD: Tensor, onto: Tensor | None = None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """y [T, O], and a. A single layer can add its output to `onto`, and write the sum to `out`."""
-        a_TR = self.low_rank(x_TD)
-        y_TO = x_TD.new_empty(len(x_TD), sum(self.sizes)) if out is None else out
+        """y [T, O], and a. A single layer can add its output to `onto`, and write the sum to `out`.
+
+        x: whole, or in several tensors of some of its columns each; here, and where else it says `*x_TD`.
+        """
+        a_TR = self.low_rank(*x_TD)
+        y_TO = x_TD[0].new_empty(len(x_TD[0]), sum(self.sizes)) if out is None else out
         if onto is None:
             for y, a, B in self._adapters(y_TO, a_TR):
                 torch.mm(a, B.t(), out=y)
         elif self.adapted:
             torch.addmm(onto, a_TR, self.Bs[0].t(), out=y_TO)
-        for columns, adapted, W in self._frozen():
+        for columns, begun, W in self._frozen():
             y = y_TO if columns is None else y_TO[:, columns]
-            if adapted:
-                y.addmm_(x_TD, W.t())
-            elif onto is None:
-                torch.mm(x_TD, W.t(), out=y)
-            else:
-                torch.addmm(onto, x_TD, W.t(), out=y)
-            del W
+            for x, W_x in zip(x_TD, _beside(W, x_TD), strict=True):
+                if begun:
+                    y.addmm_(x, W_x.t())
+                elif onto is None:
+                    torch.mm(x, W_x.t(), out=y)
+                else:
+                    torch.addmm(onto, x, W_x.t(), out=y)
+                begun = True
+            del W, W_x
         return y_TO, a_TR
 
-    def low_rank(self, x_TD: Tensor) -> Tensor | None:
+    def low_rank(self, *x_TD: Tensor) -> Tensor | None:
         """a = s · x Aᵀ, [T, R]."""
-        return x_TD @ self.A_RD.t() if self.adapted else None
+        if not self.adapted:
+            return None
+        first, *others = zip(x_TD, _beside(self.A_RD, x_TD), strict=True)
+        a_TR = first[0] @ first[1].t()
+        for x, A in others:
+            a_TR.addmm_(x, A.t())
+        return a_TR
 
-    def backward(self, dy_TO: Tensor) -> tuple[Tensor, Tensor | None]:
-        """dx and g."""
-        dx, g_TR = None, None
-        if self.adapted:
-            g_TR = dy_TO.new_empty(len(dy_TO), sum(self.ranks))
-            for dy, g, B in self._adapters(dy_TO, g_TR):
-                torch.mm(dy, B, out=g)
-            dx = g_TR @ self.A_RD
+    def low_rank_backward(self, dy_TO: Tensor) -> Tensor | None:
+        """g = dy B, [T, R]."""
+        if not self.adapted:
+            return None
+        g_TR = dy_TO.new_empty(len(dy_TO), sum(self.ranks))
+        for dy, g, B in self._adapters(dy_TO, g_TR):
+            torch.mm(dy, B, out=g)
+        return g_TR
+
+    def backward(self, dy_TO: Tensor, g_TR: Tensor | None, only: slice | None = None) -> Tensor:
+        """dx, or `only` these columns of it."""
+        dx = None if g_TR is None else g_TR @ (self.A_RD if only is None else self.A_RD[:, only])
         for columns, _, W in self._frozen():
             dy = dy_TO if columns is None else dy_TO[:, columns]
+            W = W if only is None else W[:, only]
             dx = dy @ W if dx is None else dx.addmm_(dy, W)
             del W
-        return dx, g_TR
+        return dx
 
-    def gradients(self, dy_TO: Tensor, g_TR: Tensor | None, a_TR: Tensor | None, *x: Tensor) -> list[Tensor]:
-        """[dA / s, dB] of one adapter after the other, in the dtype of the products; for a `GradientSum`.
+    def B_gradients(self, dy_TO: Tensor, a_TR: Tensor | None) -> list[Tensor]:
+        """dB of one adapter after the other, in the dtype of the products. After this dy is needed no more."""
+        return [dy.t() @ a for dy, a, _ in self._adapters(dy_TO, a_TR)]
 
-        x [T, D], or several tensors that have it side by side.
-        """
+    def gradients(self, dBs: list[Tensor], g_TR: Tensor | None, *x_TD: Tensor) -> list[Tensor]:
+        """[dA / s, dB] of one adapter after the other, for a `GradientSum`."""
         if not self.adapted:
             return []
-        dA_RD = torch.cat([g_TR.t() @ part for part in x], dim=1) if len(x) > 1 else g_TR.t() @ x[0]
-        dBs = [dy.t() @ a for dy, a, _ in self._adapters(dy_TO, a_TR)]
-        dAs = dA_RD.split([rank for rank in self.ranks if rank]) if len(dBs) > 1 else [dA_RD]
+        dA_RD = torch.cat([g_TR.t() @ x for x in x_TD], dim=1) if len(x_TD) > 1 else g_TR.t() @ x_TD[0]
+        dAs = dA_RD.split_with_sizes([rank for rank in self.ranks if rank]) if len(dBs) > 1 else [dA_RD]
         return [grad for pair in zip(dAs, dBs, strict=True) for grad in pair]
 
     def _adapters(self, y_TO: Tensor, a_TR: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -177,3 +193,8 @@ def put_side_by_side(groups: Sequence[Projections]) -> None:
             for layer, rows in zip(group.layers, group.whole.split(group.sizes), strict=True):
                 layer.weight.data = rows
             group.rows = [layer.weight.data_ptr() for layer in group.layers]
+
+
+def _beside(matrix: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A matrix's columns, divided as those of `parts`."""
+    return matrix.split_with_sizes([part.shape[1] for part in parts], dim=1) if len(parts) > 1 else (matrix,)
