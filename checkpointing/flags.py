@@ -21,6 +21,7 @@ from data.chat_templates import check_chat_format
 from data.dataset import room_behind
 from data.new_tokens import read_tokens
 from modules import step_in_backward, whole_modules
+from modules.activations import NEEDS_HAND_WRITTEN
 from modules.device import pick_device, pick_dtype
 from modules.lora import check_sizes
 from modules.methods import Options, check_options, find_method, read_by
@@ -36,7 +37,7 @@ FLOAT16 = "float16 cannot hold an Adam step of weights trained in full: use --dt
 
 
 def check_flags(cfg: Any) -> None:
-    """Raise ValueError, or OSError for a data file that is not there, for flags that cannot work.
+    """Raise ValueError for flags that cannot work, OSError or ImportError for a data file or logger that is not there.
 
     `cfg`: a training recipe's Config. Flags that not all recipes have are asked about where they are there. A flag that
     another one leaves without effect is no error; it gets a line.
@@ -44,7 +45,7 @@ def check_flags(cfg: Any) -> None:
     flags = vars(cfg)
     dtype = pick_dtype(cfg.dtype, pick_device(cfg.device))
     for name in NOT_NEGATIVE:
-        if (flags.get(name) or 0) < 0:
+        if not (flags.get(name) or 0) >= 0:
             raise ValueError(f"{shown(cfg, name)} must not be negative")
     if cfg.activations_every < 1:
         raise ValueError(f"--activations-every {cfg.activations_every} must be at least 1")
@@ -53,14 +54,22 @@ def check_flags(cfg: Any) -> None:
     check_length(cfg.epochs, cfg.max_steps)
     check_lr(cfg.lr)
     check_keep_last(cfg.keep_last)
-    check_chat_format(cfg.chat_format)
+    if not cfg.resume:  # a run that is finished needs its files and packages no more
+        check_chat_format(cfg.chat_format)
+        check_loggers(cfg)
+        for path in (cfg.data, cfg.eval_data):
+            if path is not None:
+                path.stat()
     if cfg.step_in_backward:
         step_in_backward.check(grad_accum=cfg.grad_accum, max_grad_norm=cfg.max_grad_norm, dtype=dtype)
     if "quantize" in flags:
         check_head(linear_kind(cfg.quantize), cfg.quantize_head)
+    by_hand = flags.get("fused") and not flags.get("dropout")
     recomputed = cfg.activations in ("lean", "offload") and cfg.activations_every == 1 and not cfg.activations_gib
-    if cfg.weights != "resident" and not (flags.get("fused") or recomputed):
+    if cfg.weights != "resident" and not (by_hand or recomputed):
         raise ValueError(NEEDS_RECOMPUTATION)
+    if flags.get("activations_host_gib") and not (by_hand and cfg.activations == "offload"):
+        raise ValueError(NEEDS_HAND_WRITTEN)
     if "method" in flags:
         check_method(cfg, dtype)
     elif "rank" in flags:
@@ -71,10 +80,6 @@ def check_flags(cfg: Any) -> None:
         raise ValueError(FLOAT16)
     if "trainable" in flags:
         check_trainable(cfg)
-    for path in () if cfg.resume else (cfg.data, cfg.eval_data):  # a run that is finished needs them no more
-        if path is not None:
-            path.stat()
-    check_loggers(cfg)
     say_ignored(cfg)
 
 
@@ -155,12 +160,6 @@ def ignored(cfg: Any) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("eval_every",), "without --eval-data"
     if cfg.activations in ("none", "fast"):
         yield ("activations_every", "activations_gib"), f"with --activations {cfg.activations}"
-    if cfg.activations != "offload":
-        yield ("activations_host_gib",), f"with --activations {cfg.activations}"
-    if not flags.get("fused"):
-        yield ("activations_host_gib",), "without --fused, in blocks of plain modules"
-    elif flags.get("dropout"):
-        yield ("activations_host_gib",), f"with --dropout {cfg.dropout}, which only plain modules do"
     if "method" in flags:
         yield from ignored_by_method(cfg)
     if "vision" in flags:

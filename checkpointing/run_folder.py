@@ -25,6 +25,7 @@ from typing import Any
 
 from checkpointing.atomic import atomic_write_text, discard, make_folder, remove_folder, restore_folder
 from checkpointing.errors import say
+from checkpointing.loggers import Loggers
 from checkpointing.loss_plot import draw_loss_curve
 from checkpointing.run_record import HOW_LONG, compare_config, describe_run, plain, timestamp
 from checkpointing.training_state import STATE
@@ -50,6 +51,7 @@ class RunFolder:
         self.stop_status = 0
         self._record: dict = {}
         self._undrawn = False
+        self._loggers: list[Loggers] = []
         self._handlers: dict[int, Any] = {}
         self._lock: int | None = None
 
@@ -95,7 +97,8 @@ class RunFolder:
         """Append a row to metrics.jsonl: valid JSON (NaN and infinities as strings), floats to the last bit.
 
         Raises ValueError for a `loss` or `grad_norm` that is not finite: with such gradients the weights are lost, and
-        saving them would push a good checkpoint out. `scaled`: float16's loss scaler has left such a step out.
+        saving them would push a good checkpoint out. `scaled`: float16's loss scaler leaves out a step whose gradients
+        are not finite; a loss that is not has overflowed in forward, which no scale mends, and ends such a run, too.
         """
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(plain(row)) + "\n")
@@ -142,6 +145,11 @@ class RunFolder:
             self.adapter, self.model = adapter, model
             discard(scratch)
 
+    def closing(self, loggers: Loggers) -> Loggers:
+        """Close them with the run, however it ends: what they have not written yet is not lost."""
+        self._loggers.append(loggers)
+        return loggers
+
     def finish(self) -> None:
         """Put on record that the run has ended; call it when the result is saved."""
         self.draw()  # before the mark: nobody comes back to a finished run
@@ -150,8 +158,10 @@ class RunFolder:
         self.finished = True
 
     def close(self) -> None:
-        """Draw what has not been drawn, give the signals back, let go of the folder."""
+        """Close the loggers, draw what has not been drawn, give the signals back, let go of the folder."""
         try:
+            while self._loggers:
+                self._loggers.pop().close()
             if self._undrawn:
                 self.draw()
         finally:

@@ -24,12 +24,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from modules.activation_offload import ActivationOffload
-from modules.compile import compile_blocks
+from modules.compile import ROUND_ALIKE, compile_blocks
 from modules.fused_blocks import FusedBlocks
 from modules.weight_streaming import NEEDS_RECOMPUTATION
 
 RUNGS = ("none", "fast", "lean", "offload")
 CHEAP_BELOW = 256  # inner dimension of a product
+NEEDS_HAND_WRITTEN = (
+    "--activations-host-gib needs --activations offload and the hand-written blocks (--fused, --dropout 0)"
+)
 
 
 def keep_activations(
@@ -56,7 +59,7 @@ def keep_activations(
     if budget < 0 or host_budget < 0:
         raise ValueError("--activations-gib and --activations-host-gib must not be negative")
     if host_budget and (rung != "offload" or not fused):
-        raise ValueError("--activations-host-gib needs --activations offload and the hand-written blocks (--fused)")
+        raise ValueError(NEEDS_HAND_WRITTEN)
     if bind and not fused and (rung in ("none", "fast") or every > 1 or budget):
         raise ValueError(NEEDS_RECOMPUTATION)  # autograd would keep weights that have left the card
     streaming, bind = bind is not None, bind or (lambda block: None)
@@ -107,9 +110,9 @@ def keep_activations(
         model.model.norm.compile()
     if compile and not fused:
         compile_blocks(model)
-        run_fast = torch.compile(run_fast)
+        run_fast = torch.compile(run_fast, options=ROUND_ALIKE)
         if not streaming:  # then the compiler sees that a block's last product need not be computed again
-            run_lean = torch.compile(run_lean)
+            run_lean = torch.compile(run_lean, options=ROUND_ALIKE)
     model.model.run_block = run_hand_written if fused else run_plain
     return offload
 

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+# bfloat16 between two operations is rounded where it would be without compilation: losses stay comparable.
+ROUND_ALIKE = {"emulate_precision_casts": True}
 _enabled = True
 
 
@@ -24,12 +26,10 @@ def enable_compile(on: bool) -> None:
 
 def compile_blocks(model: nn.Module) -> None:
     """Compile every block of the model in place; module names and state dict stay as they are."""
-    # bfloat16 between two operations is rounded where it would be without compilation: losses stay comparable.
-    torch._inductor.config.emulate_precision_casts = True
     # Every block adds entries to the same code object's cache; per-block differences must not exhaust the limit.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     for block in model.blocks:
-        block.compile()
+        block.compile(options=ROUND_ALIKE)
 
 
 def compiled(function: Callable, *, any_length: bool = True) -> Callable:
@@ -54,6 +54,8 @@ def compiled(function: Callable, *, any_length: bool = True) -> Callable:
             key = (tokens < 2, *((*_kind(a, tokens), _extent(a) < 2**31) if isinstance(a, Tensor) else a for a in args))
             if key not in kernels:
                 kernels[key] = _build(function, args, tokens)
+            if len(seen) > 4096:
+                seen.clear()
             kernel = seen[exactly] = kernels[key]
         return kernel(*[a for a in args if isinstance(a, Tensor)])
 

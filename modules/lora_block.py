@@ -186,7 +186,7 @@ class _Pass:
         return Kept(heads, a_qkv, a_o, x_mid, [], saved)
 
     def _split(self, heads_TNH: Tensor) -> list[Tensor]:
-        """Each group's heads, [B, N, T, H], in memory of their own."""
+        """Each group's heads, [B, N, T, H]; of several groups in memory of their own."""
         parts = [part.contiguous() for part in heads_TNH.chunk(self.groups, dim=1)]
         return [part.view(self.batch, -1, *part.shape[1:]).transpose(1, 2) for part in parts]
 
@@ -207,10 +207,12 @@ class _Pass:
             for parts, grad in zip((dq, dk, dv), grads, strict=True):
                 parts.append(_by_token(grad))
             del leaves, out, dout, grads, grad
-        dq = _together(dq)
-        dk, dv = _together(dk), _together(dv)
+        del parts
+        dq = _together(dq)  # one after the other: each time the parts go
+        dk = _together(dk)
+        dv = _together(dv)
         dqkv = split_and_rotate_backward(dq, dk, dv, *self.tables)
-        del dq, dk, dv, parts
+        del dq, dk, dv
         g_qkv = layers.qkv.low_rank_backward(dqkv)
         dn = layers.qkv.backward(dqkv, g_qkv)
         dBs = layers.qkv.B_gradients(dqkv, kept.a_qkv)
@@ -238,9 +240,8 @@ class _Pass:
         del dh, h
         g = layers.gate_up.low_rank_backward(dgate_up)
         dn = layers.gate_up.backward(dgate_up, g)
-        dBs = layers.gate_up.B_gradients(dgate_up, a)
         dx_mid, n = rms_norm_backward(dn, x_mid, norm.weight, norm.eps, dy)
-        return dx_mid, layers.gate_up.gradients(dBs, g, n) + grads_down
+        return dx_mid, layers.gate_up.gradients(layers.gate_up.B_gradients(dgate_up, a), g, n) + grads_down
 
 
 def _by_token(heads_BNTH: Tensor) -> Tensor:

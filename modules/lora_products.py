@@ -11,8 +11,8 @@ scaling s = α/r taken into A:
                 dA = s · gᵀ x,   dBᵢ = dyᵢᵀ aᵢ
 
 In this order the adapters cost 4 T r (in + out) operations each; by way of dW = dyᵀ x it would be some hundred times
-as much. W is frozen, so x is not needed to get dx: backward asks for x (for dA) and a (for dB) only after that, in a
-call of its own.
+as much. W is frozen, so x is not needed to get dx. `B_gradients` asks for a, and after it dy is needed no more;
+`gradients` asks for x.
 
 Dense weights that lie one behind the other in memory are one W, and one product; `put_side_by_side` moves them there.
 Quantised ones are taken one at a time: dequantised, and dropped after their product.

@@ -5,9 +5,9 @@ the closer they are to 0 ("dynamic quantisation", Sec. 2), because most of a blo
 number. A step reads the codes, does the arithmetic in float32 and quantises the result again, in kernels compiled from
 torchao's function.
 
-The compiler makes kernels for each size of parameter, which takes seconds in the first step on a GPU, and between them
-stand the moments in float32, 8 bytes per number: 2 GB for the embedding of a 1B Llama. So large parameters are taken in
-parts of one size.
+The compiler makes kernels for each size of parameter, which takes seconds in the first step on a GPU, and they hand the
+moments to each other in float32, 8 bytes per number: 2 GB for the embedding of a 1B Llama. So large parameters are
+taken in parts of one size.
 """
 
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from modules import virtual_tokens
 from modules.methods import Options
-from modules.virtual_tokens import KEY, Table, add_embedding, check_count, config_of, read_table
+from modules.virtual_tokens import KEY, Table, add_embedding, check_count, check_encoder, config_of, read_table
 
 VIRTUAL_TOKENS = True
 READS = ("num_virtual_tokens", "prompt_encoder", "encoder_size", "dropout")  # this one with the LSTM
@@ -53,6 +53,9 @@ class PromptEncoder(nn.Module):
 
 def check(options: Options) -> None:
     check_count(options.num_virtual_tokens)
+    check_encoder(options)
+    if not 0 <= options.dropout < 1:
+        raise ValueError(f"--dropout {options.dropout} must lie in [0, 1)")
 
 
 def add(model: nn.Module, options: Options) -> list[str]:

@@ -109,6 +109,11 @@ def check_count(count: int) -> None:
         raise ValueError(f"--num-virtual-tokens {count} must be at least 1")
 
 
+def check_encoder(options: Options) -> None:
+    if options.encoder_size is not None and options.encoder_size < 1:
+        raise ValueError(f"--encoder-size {options.encoder_size} must be at least 1")
+
+
 def check_start(options: Options) -> None:
     """Raise ValueError for a number, or a way to begin, that cannot be."""
     check_count(options.num_virtual_tokens)

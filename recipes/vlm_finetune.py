@@ -329,7 +329,7 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 9 Training loop
-    loggers = open_loggers(cfg, run.path, progress["step"])
+    loggers = run.closing(open_loggers(cfg, run.path, progress["step"]))
     stop_ids = stop_token_ids(folder, tokenizer, template)
     bar = tqdm(total=total_steps, initial=progress["step"], unit="step", disable=None)
 
@@ -382,7 +382,7 @@ def train(cfg: Config, run: RunFolder) -> None:
         row |= {"tokens": tokens, "tokens_per_second": tokens / seconds}
         row |= {"peak_memory_gib": peak_memory_gib(device), "seconds": seconds}
         loggers.log(row)
-        run.log(row, scaled=scaler.is_enabled())  # an error where the loss is not finite
+        run.log(row, scaled=scaler.is_enabled())  # an error if loss or norm is not finite
         if progress["step"] == first:
             waited = f"first step done after {time.perf_counter() - begun:.1f} s, {seconds:.1f} s of them its own"
             tqdm.write(waited, file=sys.stderr)
@@ -397,7 +397,6 @@ def train(cfg: Config, run: RunFolder) -> None:
     if eval_batches and total_steps == 0:
         evaluate()
     bar.close()
-    loggers.close()
 
     # -----------------------------------------------------------------------------------------------------------------
     # 10 Save

@@ -20,6 +20,7 @@ from torch import nn
 from checkpointing import run_record
 from checkpointing.atomic import claim_folder
 from checkpointing.errors import clear_errors
+from checkpointing.loggers import Loggers
 from checkpointing.run_folder import RunFolder
 from checkpointing.run_record import compare_config, plain
 from checkpointing.training_state import save_training_state
@@ -422,6 +423,7 @@ WORKER = """
 import sys, time
 from pathlib import Path
 from checkpointing.errors import clear_errors
+from checkpointing.loggers import Loggers
 from checkpointing.run_folder import RunFolder
 with clear_errors(), RunFolder.open(Path(sys.argv[1]), {"lr": 1.0}, script=sys.argv[0], resume=False) as run:
     step = 0
@@ -550,6 +552,7 @@ import os, random, signal, sys
 from pathlib import Path
 import torch
 from checkpointing.atomic import atomic_folder
+from checkpointing.loggers import Loggers
 from checkpointing.run_folder import RunFolder
 from checkpointing.training_state import load_training_state, save_training_state
 torch.set_num_threads(1)
@@ -634,3 +637,13 @@ def test_a_recipe_replaces_only_a_folder_of_its_own(tmp_path):
         assert sorted(foreign.rglob("*")) == before
     with pytest.raises(ValueError, match="exists already"):
         claim_folder(mine, "compare_methods.py", ("lora",))
+
+
+def test_loggers_are_closed_however_a_run_ends(tmp_path: Path):
+    closed = []
+    loggers = Loggers()
+    loggers.add(lambda values, step: None, lambda: closed.append(True))
+    with pytest.raises(ZeroDivisionError), start(tmp_path) as run:
+        assert run.closing(loggers) is loggers and not closed
+        raise ZeroDivisionError
+    assert closed == [True]

@@ -113,6 +113,11 @@ def test_bad_flags(good, tmp_path, name):
 # Flags that cannot work, by recipe: known without reading a file.
 AT_ONCE = {
     "lora_finetune": {
+        "--activations-host-gib 2 --fused": "--activations-host-gib needs --activations offload",
+        "--activations offload --activations-host-gib 2 --no-fused": "needs --activations offload and the hand-written",
+        "--activations offload --activations-host-gib 2 --fused --dropout 0.1": "needs --activations offload and the",
+        "--weights stream --activations fast --fused --dropout 0.1": "choose --activations lean or offload",
+        "--max-grad-norm nan": "--max-grad-norm nan must not be negative",
         "--batch-size 0": "--batch-size 0 must be at least 1",
         "--grad-accum 0": "--grad-accum 0 must be at least 1",
         "--epochs 0": "--epochs 0 must be at least 1",
@@ -141,6 +146,9 @@ AT_ONCE = {
     "peft_finetune": {
         "--method loftq": "it needs --quantize nf4",
         "--method pissa --weights stream": "it needs --weights resident",
+        "--method p-tuning --encoder-size -3": "--encoder-size -3 must be at least 1",
+        "--method p-tuning --prompt-encoder lstm --dropout 7": "--dropout 7.0 must lie in [0, 1)",
+        "--method prefix --prompt-encoder mlp --encoder-size 0": "--encoder-size 0 must be at least 1",
         "--method dora --weights disk": "it needs --weights resident",
         "--method eva --rank-pattern q_proj=4": "--method eva divides the ranks itself",
         "--rank-pattern q_proj": "--rank-pattern q_proj is not NAME=NUMBER",
@@ -179,9 +187,6 @@ IGNORED = {
         "--eval-every 5": "--eval-every 5 has no effect without --eval-data",
         "--activations fast --activations-gib 2": "--activations-gib 2.0 has no effect with --activations fast",
         "--activations none --activations-every 2": "--activations-every 2 has no effect with --activations none",
-        "--activations-host-gib 2 --fused": "--activations-host-gib 2.0 has no effect with --activations lean",
-        "--activations offload --activations-host-gib 2 --no-fused": "-host-gib 2.0 has no effect without --fused",
-        "--activations offload --activations-host-gib 2 --fused --dropout 0.1": "has no effect with --dropout 0.1",
     },
     "peft_finetune": {
         "--method prompt --rank 8": "--rank 8 has no effect with --method prompt",
