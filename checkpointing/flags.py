@@ -53,6 +53,8 @@ def check_flags(cfg: Any) -> None:
     check_batches(cfg.batch_size, cfg.grad_accum, flags.get("image_workers"))
     check_length(cfg.epochs, cfg.max_steps)
     check_lr(cfg.lr)
+    if not flags.get("alpha", 1.0) > 0:
+        raise ValueError(f"{shown(cfg, 'alpha')} must be a positive number: it scales what the adapter adds")
     check_keep_last(cfg.keep_last)
     if not cfg.resume:  # a run that is finished needs its files and packages no more
         check_chat_format(cfg.chat_format)

@@ -31,14 +31,16 @@ from checkpointing.run_record import HOW_LONG, compare_config, describe_run, pla
 from checkpointing.training_state import STATE
 
 RESULTS = {"adapter": "adapter_config.json", "model": "config.json"}  # and a file that every complete one has
+STOPS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
 LEFTOVERS = ("metrics.jsonl", "loss.svg", "recipe.py")
 
 
 class RunFolder:
     """One run's folder. Get it from `RunFolder.open`, use it in a `with` block.
 
-    `stop_requested`: Ctrl-C or SIGTERM came; end the step, save, leave with `stop_status` (130 or 143: to a shell or a
-    scheduler 0 would mean that the run is complete). A second Ctrl-C raises KeyboardInterrupt.
+    `stop_requested`: Ctrl-C, SIGTERM or SIGHUP (a closed terminal) came; end the step, save, leave with `stop_status`
+    (130, 143, 129: to a shell or a scheduler 0 would mean that the run is complete). A second Ctrl-C raises
+    KeyboardInterrupt.
     `finished`: the run has ended and its result is saved; there is nothing to resume.
     """
 
@@ -70,8 +72,9 @@ class RunFolder:
             run._settle()
             run._begin(plain(config), Path(script), resume)
             if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    run._handlers[number] = signal.signal(number, run._on_signal)
+                for number in STOPS:
+                    if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                        run._handlers[number] = signal.signal(number, run._on_signal)
         except BaseException:
             run.close()
             raise
@@ -108,7 +111,8 @@ class RunFolder:
                 saved = self.latest_checkpoint()
                 last = f"the last checkpoint is from step {_step(saved)}" if saved else "no checkpoint was saved before"
                 found = f"{name} is {plain(row[name])} at step {row['step']}: the run has diverged"
-                raise ValueError(f"{found}, and nothing more was saved ({last}); start anew with a lower --lr")
+                anew = "start anew with a lower --lr" + (" and another --output" if saved else "")
+                raise ValueError(f"{found}, and nothing more was saved ({last}); {anew}")
 
     def cut_metrics(self, step: int) -> None:
         """Drop the rows after `step`, and a last line that a kill cut short: the resumed run writes them again."""
@@ -283,7 +287,7 @@ class RunFolder:
             return
         self.stop_requested = True  # first: the next signal may come while this one is announced
         self.stop_status = 128 + number
-        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         text = f"\n{name}: ending this step and saving; press Ctrl-C (again) to stop at once, without saving\n"
         with suppress(OSError):
             os.write(2, text.encode())  # print() may not be entered twice, and this may have interrupted one

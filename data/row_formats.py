@@ -73,6 +73,8 @@ def parse_row(
     row: dict, prompt_field: str | None = None, completion_field: str | None = None, with_images: bool = False
 ) -> "Chat | Completion | Text":
     """A row of any format as one of three. Raises ValueError (without file and line, which only the caller knows)."""
+    if not (with_images or prompt_field or completion_field) and (row.get("image") or row.get("images")):
+        raise ValueError("the row has an image; these recipes train on text only (vlm_finetune.py reads images)")
     images = RowImages(row) if with_images else None
     parsed = _parse(row, prompt_field, completion_field, images)
     return replace(parsed, images=images.files) if images else parsed
@@ -85,7 +87,8 @@ def _parse(
     prompt, completion = prompt_field or "prompt", completion_field or "completion"
     if prompt_field or completion_field:
         if not {prompt, completion} <= has:
-            raise ValueError(f"the row has no {prompt!r} and {completion!r}; it has {_listed(row)}")
+            both = "" if prompt_field and completion_field else ": give --prompt-field and --completion-field"
+            raise ValueError(f"the row has no {prompt!r} and {completion!r}; it has {_listed(row)}{both}")
     elif "messages" in has:
         return Chat(_messages(row["messages"], "messages", images), tools=_tools(row))
     elif "conversations" in has:

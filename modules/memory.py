@@ -61,13 +61,14 @@ def plan_memory(
         alive += min(8 * tokens * config.num_attention_heads * config.head_dim, WORKSPACE_BYTES)
     inputs = tokens * size * D * (blocks - entire) if rung == "offload" else 0
     made = tokens * size * (kept_up_to_attention(model) - D) * (blocks - entire)  # by attention, all that there is
+    on_card = 2**28 if optimizer == "adamw-host" and any(p.is_cuda for p in trained) else 0  # on their way
     moments = STATE_BYTES["adamw"] * sum(p.numel() for p in trained) if optimizer == "adamw-host" else 0
     quantised = any(hasattr(p, "__tensor_flatten__") for p in parameters.values())
     return {
         "weights": sum(storage_bytes(p) for name, p in parameters.items() if name not in away)
         + (streamed.card_bytes if streamed else 0),
         "gradients": max(gradients, default=0) if step_in_backward else sum(gradients),
-        "optimizer": STATE_BYTES[optimizer] * sum(p.numel() for p in trained) + (optimizer == "adamw-host") * 2**28,
+        "optimizer": STATE_BYTES[optimizer] * sum(p.numel() for p in trained) + on_card,
         "activations": int(activations + budget * (rung not in whole)),
         "one block": alive + (D * F * size if quantised else 0),
         "loss": sum(storage_bytes(p) for p in model.lm_head.parameters() if p.requires_grad)  # its gradient, in forward

@@ -206,7 +206,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 5 Adapters / quantisation: none, every weight is trained
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    say(describe_trained(model))
+    say(f"{describe_trained(model)}, in {total_steps} steps")
 
     # -----------------------------------------------------------------------------------------------------------------
     # 6 Memory plan and compile
@@ -292,7 +292,7 @@ def train(cfg: Config, run: RunFolder) -> None:
                 # hidden [B, T, D]; targets [N] stand at the flat positions target_index [N]. For a loss of your own:
                 # logits = model.logits(hidden.flatten(0, 1)[batch.target_index]) [N, V] are what they belong to. The
                 # memory plan counts no whole logits: to weigh tokens, modules/loss.py's linear_logprobs does without.
-                # Evaluation stays plain cross entropy (modules/evaluation.py).
+                # A sum is divided by the step's tokens. Evaluation stays plain cross entropy (modules/evaluation.py).
                 hidden = model(batch.input_ids, batch.layout)
                 loss = linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index) / tokens
             del hidden  # backward frees what it has used, unless a name still holds it
@@ -331,7 +331,7 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 10 Save
-    if progress["step"] < total_steps:  # Ctrl-C or SIGTERM
+    if progress["step"] < total_steps:  # Ctrl-C, SIGTERM, SIGHUP
         save_checkpoint()
         say(f"stopped after step {progress['step']} of {total_steps}; go on with --resume")
         raise SystemExit(run.stop_status)

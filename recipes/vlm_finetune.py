@@ -260,7 +260,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     sizes = dict(rank=cfg.rank, alpha=cfg.alpha, dropout=cfg.dropout, dtype=DTYPES[cfg.adapter_dtype])
     trained = train_parts(model, how, targets=cfg.targets, **sizes)
     trainable = {name: p for part in trained.values() for name, p in part.items()}
-    say(describe_trained(model))
+    say(f"{describe_trained(model)}, in {total_steps} steps")
     rates = {"vision": cfg.vision_lr, "projector": cfg.projector_lr, "language": cfg.language_lr}
     ratios = {part: 1.0 if rate is None else rate / cfg.lr for part, rate in rates.items()}
     groups = [{"params": trained[part], "lr_ratio": ratio} for part, ratio in ratios.items()]
@@ -360,7 +360,7 @@ def train(cfg: Config, run: RunFolder) -> None:
                 # hidden [B, T, D]; targets [N] stand at the flat positions target_index [N]. For a loss of your own:
                 # logits = model.logits(hidden.flatten(0, 1)[batch.target_index]) [N, V] are what they belong to. The
                 # memory plan counts no whole logits: to weigh tokens, modules/loss.py's linear_logprobs does without.
-                # Evaluation stays plain cross entropy (modules/evaluation.py).
+                # A sum is divided by the step's tokens. Evaluation stays plain cross entropy (modules/evaluation.py).
                 hidden = model(batch.input_ids, batch.layout, images=batch.images)
                 loss = linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index) / tokens
             del hidden  # backward frees what it has used, unless a name still holds it
@@ -400,7 +400,7 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 10 Save
-    if progress["step"] < total_steps:  # Ctrl-C or SIGTERM
+    if progress["step"] < total_steps:  # Ctrl-C, SIGTERM, SIGHUP
         save_checkpoint()
         say(f"stopped after step {progress['step']} of {total_steps}; go on with --resume")
         raise SystemExit(run.stop_status)

@@ -487,6 +487,15 @@ def test_signal_handlers_come_and_go(tmp_path: Path):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    if hasattr(signal, "SIGHUP"):  # a closed terminal; under nohup it stays ignored
+        with start(tmp_path) as run:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert run.stop_status == 129
+        ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with start(tmp_path) as run:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not run.stop_requested
+        signal.signal(signal.SIGHUP, ignored)
     seen = []
 
     def elsewhere() -> None:

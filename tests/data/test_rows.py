@@ -181,6 +181,8 @@ def test_alpaca_has_its_published_prompts():
             "messages[0] holds an image; these recipes train on text only",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part must be {"),
+        ({"image": "a.jpg", "text": "x"}, "the row has an image; these recipes train on text only"),
+        ({"images": ["a.jpg"], "prompt": "x", "completion": "y"}, "the row has an image; these recipes train on text"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content text must be a string, got nothing"),
         ({"prompt": "q", "completion": ["a"]}, 'completion must be a string, got ["a"]'),
         ({"prompt": 1, "completion": "a"}, "prompt must be a string, got 1"),

@@ -130,6 +130,7 @@ AT_ONCE = {
         "--max-grad-norm -1": "--max-grad-norm -1.0 must not be negative",
         "--lr 0": "--lr 0.0 must be a positive number",
         "--rank 0": "--rank 0 must be at least 1",
+        "--alpha 0": "--alpha 0.0 must be a positive number",
         "--dropout 1": "--dropout 1.0 must lie in [0, 1)",
         "--activations-every 0": "--activations-every 0 must be at least 1",
         "--activations-gib -1": "--activations-gib -1.0 must not be negative",
