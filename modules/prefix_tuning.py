@@ -32,16 +32,7 @@ from torch import Tensor, nn
 from modules.adapter_parts import replace_modules
 from modules.attention import Attention, SequenceLayout, padded_layout
 from modules.methods import Options
-from modules.virtual_tokens import (
-    KEY,
-    Table,
-    add_embedding,
-    check_encoder,
-    check_start,
-    config_of,
-    read_table,
-    start_ids,
-)
+from modules.virtual_tokens import KEY, Table, add_embedding, check_start, config_of, read_table, start_ids
 
 VIRTUAL_TOKENS = True  # tells the recipes to put n placeholders in front of every row
 READS = ("num_virtual_tokens", "prompt_init", "prompt_text", "prompt_encoder", "encoder_size")
@@ -100,7 +91,6 @@ class ProjectedPrefix(nn.Module):
 
 def check(options: Options) -> None:
     check_start(options)
-    check_encoder(options)
     if options.prompt_encoder not in (None, "mlp"):
         raise ValueError(f"--prompt-encoder {options.prompt_encoder!r}: of prefix tuning it is mlp, or none is given")
 

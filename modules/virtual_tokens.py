@@ -115,8 +115,9 @@ def check_encoder(options: Options) -> None:
 
 
 def check_start(options: Options) -> None:
-    """Raise ValueError for a number, or a way to begin, that cannot be."""
+    """Raise ValueError for a number, an encoder, or a way to begin, that cannot be."""
     check_count(options.num_virtual_tokens)
+    check_encoder(options)
     if options.prompt_ids and options.prompt_init != "text":
         raise ValueError(f"--prompt-text is read with --prompt-init text, not {options.prompt_init}")
     if options.prompt_init == "text" and not options.prompt_ids:

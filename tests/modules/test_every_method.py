@@ -3,6 +3,8 @@ activations, compile, packing, resume. (Without its adapter and merged: test_ada
 tests/recipes/test_peft_finetune.py.)
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -147,3 +149,8 @@ def test_a_method_reads_what_it_says(tmp_path, name):
         assert (found[0] != found[1]) == wanted, flag
     vectors = all(p.ndim < 2 for p in trained(make(tmp_path / "base", name)).values())
     assert vectors == getattr(find_method(name), "VECTORS", False)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_one_short_file(name):
+    assert len(Path(find_method(name).__file__).read_text(encoding="utf-8").splitlines()) <= 150
