@@ -124,7 +124,7 @@ def method_options(cfg: Any) -> Options:
 
 def check_vision(cfg: Any, dtype: torch.dtype) -> None:
     """vlm_finetune.py's."""
-    how = {"vision": cfg.vision, "projector": cfg.projector, "language": cfg.language}
+    how = parts_of(cfg)
     check_parts(how, quantize_head=cfg.quantize_head)
     if dtype == torch.float16 and "full" in how.values():
         raise ValueError(FLOAT16)
@@ -133,6 +133,11 @@ def check_vision(cfg: Any, dtype: torch.dtype) -> None:
     given = [(part, rate) for part in how if (rate := getattr(cfg, f"{part}_lr")) is not None]
     if wrong := [f"--{part}-lr {rate}" for part, rate in given if not 0 <= rate < math.inf]:
         raise ValueError(f"{', '.join(wrong)} must be a positive number, or 0 to leave the part as it is")
+
+
+def parts_of(cfg: Any) -> dict[str, str]:
+    """How each part of a vision-language model is trained: frozen, lora or full."""
+    return {part: getattr(cfg, part) for part in ("vision", "projector", "language")}
 
 
 def check_trainable(cfg: Any) -> None:
@@ -184,7 +189,7 @@ def ignored_by_method(cfg: Any) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def ignored_by_parts(cfg: Any) -> Iterator[tuple[tuple[str, ...], str]]:
-    how = {"vision": cfg.vision, "projector": cfg.projector, "language": cfg.language}
+    how = parts_of(cfg)
     for part, choice in how.items():
         if choice == "frozen":
             yield (f"{part}_lr",), f"with --{part} frozen"
