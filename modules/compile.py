@@ -57,7 +57,7 @@ def compiled(function: Callable, *, any_length: bool = True) -> Callable:
             if len(seen) > 4096:
                 seen.clear()
             kernel = seen[exactly] = kernels[key]
-        return kernel(*[a for a in args if isinstance(a, Tensor)])
+        return kernel([a for a in args if isinstance(a, Tensor)])
 
     return call
 
@@ -71,8 +71,8 @@ def _extent(tensor: Tensor) -> int:
     return max(tensor.numel(), tensor.shape[0] * tensor.stride(0) if tensor.ndim else 1)
 
 
-def _build(function: Callable, args: tuple, tokens: int) -> Callable:
-    """A kernel that takes the tensors among `args`; the other arguments are constants in it."""
+def _build(function: Callable, args: tuple, tokens: int) -> Callable[[list[Tensor]], Tensor | tuple[Tensor, ...]]:
+    """A kernel that takes the list of the tensors among `args`; the other arguments are constants in it."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
 
     def fake(tensor: Tensor) -> Tensor:
@@ -82,14 +82,24 @@ def _build(function: Callable, args: tuple, tokens: int) -> Callable:
 
     def of_tensors(*tensors):
         waiting = iter(tensors)
-        result = function(*(next(waiting) if isinstance(a, Tensor) else a for a in args))
-        return () if result is None else result
+        return function(*(next(waiting) if isinstance(a, Tensor) else a for a in args))
+
+    def as_tuple(*tensors):
+        result = of_tensors(*tensors)
+        return result if isinstance(result, tuple) else () if result is None else (result,)
 
     try:
+        from torch._inductor import compile_fx, decomposition  # takes seconds: not before something is compiled
+
+        # What torch.compile does around its inner entrance is for autograd, and costs each call as much as all the rest.
         fakes = [fake(a) for a in args if isinstance(a, Tensor)]
+        functional = torch.func.functionalize(as_tuple, remove="mutations")
         with mode, torch.no_grad():
-            graph = make_fx(of_tensors)(*fakes)
-        return torch._inductor.compile(graph, fakes)
+            graph = make_fx(functional, decomposition_table=decomposition.select_decomp_table())(*fakes)
+            result = of_tensors(*fakes)
+        kernel = compile_fx.compile_fx_inner(graph, fakes, is_inference=True)
+        return (lambda tensors: kernel(tensors)[0]) if isinstance(result, Tensor) else kernel
     except Exception as error:  # these entrances to the compiler are not promised to stay as they are
         warnings.warn(f"{function.__name__} goes through torch.compile ({error!r:.200})", stacklevel=2)
-        return torch.compile(of_tensors)
+        whole = torch.compile(of_tensors)
+        return lambda tensors: whole(*tensors)

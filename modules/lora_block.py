@@ -134,10 +134,10 @@ class FusedBlock(torch.autograd.Function):
         dx_mid = dx_tile if len(run.tiles) == 1 else x_mid
         del dx_tile, x_mid
         kept = kept._replace(x_mid=None, saved=[])
-        dx, grads = run.attention_backward(dx_mid, x, kept)
+        dx, grads = run.attention_backward(dx_mid, x, kept, ctx.needs_input_grad[0])
         first_half = GradientSum(layers.qkv, layers.o)
         first_half.add(grads)
-        return dx.view(shape), None, None, None, *first_half.sums, *second_half.sums
+        return dx if dx is None else dx.view(shape), None, None, None, *first_half.sums, *second_half.sums
 
 
 class Kept(NamedTuple):
@@ -190,8 +190,10 @@ class _Pass:
         parts = [part.contiguous() for part in heads_TNH.chunk(self.groups, dim=1)]
         return [part.view(self.batch, -1, *part.shape[1:]).transpose(1, 2) for part in parts]
 
-    def attention_backward(self, dx_mid: Tensor, x: Tensor, kept: Kept) -> tuple[Tensor, list[Tensor]]:
-        """∂x, and the gradients of the adapters of q, k, v and o. Empties `kept.heads` on the way."""
+    def attention_backward(
+        self, dx_mid: Tensor, x: Tensor, kept: Kept, needs_dx: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """∂x (nobody needs the first block's), and the gradients of the adapters of q, k, v and o. Empties `kept.heads` on the way."""
         layers = self.layers
         g_o = layers.o.low_rank_backward(dx_mid)
         outs = [_by_token(out.detach()).flatten(1) for _, _, _, out in kept.heads]
@@ -214,10 +216,13 @@ class _Pass:
         dqkv = split_and_rotate_backward(dq, dk, dv, *self.tables)
         del dq, dk, dv
         g_qkv = layers.qkv.low_rank_backward(dqkv)
-        dn = layers.qkv.backward(dqkv, g_qkv)
+        dn = layers.qkv.backward(dqkv, g_qkv) if needs_dx else None
         dBs = layers.qkv.B_gradients(dqkv, kept.a_qkv)
         del dqkv
-        dx, n = rms_norm_backward(dn, x, layers.norm.weight, layers.norm.eps, dx_mid)
+        if needs_dx:
+            dx, n = rms_norm_backward(dn, x, layers.norm.weight, layers.norm.eps, dx_mid)
+        else:
+            dx, n = None, rms_norm(x, layers.norm.weight, layers.norm.eps)
         del dn
         return dx, layers.qkv.gradients(dBs, g_qkv, n) + grads_o
 
