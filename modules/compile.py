@@ -91,7 +91,7 @@ def _build(function: Callable, args: tuple, tokens: int) -> Callable[[list[Tenso
     try:
         from torch._inductor import compile_fx, decomposition  # takes seconds: not before something is compiled
 
-        # What torch.compile does around its inner entrance is for autograd, and costs each call as much as all the rest.
+        # What torch.compile does around its inner entrance is for autograd, and costs a call as much as all the rest.
         fakes = [fake(a) for a in args if isinstance(a, Tensor)]
         functional = torch.func.functionalize(as_tuple, remove="mutations")
         with mode, torch.no_grad():
