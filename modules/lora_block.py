@@ -170,7 +170,7 @@ class _Pass:
     def first_half(self, x: Tensor, *, sent_away: bool = False) -> Kept:
         """x' = x + attention, with what its backward needs; `saved` is filled only if that will be `sent_away`."""
         layers = self.layers
-        qkv, a_qkv = layers.qkv.forward(rms_norm(x, layers.norm.weight, layers.norm.eps, room=layers.qkv.room))
+        qkv, a_qkv = layers.qkv.forward(rms_norm(x, layers.norm.weight, layers.norm.eps))
         q, k, v = split_and_rotate(qkv, *self.tables, layers.heads, layers.kv_heads)
         del qkv
         groups = list(zip(*(self._split(t) for t in (q, k, v)), strict=True))
@@ -230,8 +230,9 @@ class _Pass:
         return dx, layers.qkv.gradients(dBs, g_qkv, n) + grads_o
 
     def gate_and_up(self, x_mid: Tensor) -> tuple[Tensor, Tensor | None]:
-        norm, gate_up = self.layers.norm2, self.layers.gate_up
-        return gate_up.forward(rms_norm(x_mid, norm.weight, norm.eps, room=gate_up.room))
+        norm = self.layers.norm2
+        gate_up, a = self.layers.gate_up.forward(rms_norm(x_mid, norm.weight, norm.eps))
+        return gate_up, a
 
     def feed_forward_backward(self, dy: Tensor, x_mid: Tensor, kept: tuple) -> tuple[Tensor, list[Tensor]]:
         """∂x' of a tile, and the gradients of the adapters of gate, up and down; overwrites gate and up."""

@@ -15,9 +15,7 @@ as much. W is frozen, so x is not needed to get dx. `B_gradients` asks for a, an
 `gradients` asks for x.
 
 Dense weights that lie one behind the other in memory are one W, and one product; `put_side_by_side` moves them there.
-If the ranks are small, W gets `room` for the Bs: more columns, with each B beside its own layer's rows and zeros
-elsewhere. With a in more columns of x, forward is the single product [x a] [W B]ᵀ, which writes y only once.
-Quantised weights are taken one at a time: dequantised, and dropped after their product.
+Quantised ones are taken one at a time: dequantised, and dropped after their product.
 
 T tokens, D input features, O output features and R ranks of all layers together.
 """
@@ -28,9 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from modules.lora import LoRALinear
-from modules.pointwise import block_diagonal_
-
-WIDEST_BORDER = 1 / 16  # of the weights: the zeros in it are multiplied, too
 
 
 class Projections:
@@ -50,22 +45,15 @@ class Projections:
         self.dequantize = [getattr(kind, "dense_weight", None) for kind in kinds]
         self.whole: Tensor | None = None  # dense weights side by side, as one
         self.rows: list[int] = []  # and the address of each in it
-        self.room = 0  # the last columns of `whole`, and of x, that are the adapters'
 
     def forward(
         self, *x_TD: Tensor, onto: Tensor | None = None, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """y [T, O], and a. A single layer can add its output to `onto`, and write the sum to `out`.
 
-        x: whole, or in several tensors of some of its columns each; here, and where else it says `*x_TD`. If there is
-        `room`, it is [T, D + room].
+        x: whole, or in several tensors of some of its columns each; here, and where else it says `*x_TD`.
         """
-        if self.room:
-            x_and_a, x_TD = x_TD[0], (x_TD[0][:, : -self.room],)
         a_TR = self.low_rank(*x_TD)
-        if self.room and self._are_side_by_side():
-            x_and_a[:, -self.room :] = a_TR
-            return x_and_a @ self.whole.t(), a_TR
         y_TO = x_TD[0].new_empty(len(x_TD[0]), sum(self.sizes)) if out is None else out
         if onto is None:
             for y, a, B in self._adapters(y_TO, a_TR):
@@ -137,10 +125,10 @@ class Projections:
 
     def _frozen(self) -> Iterator[tuple[slice | None, bool, Tensor]]:
         """Columns of y (None: all), whether an adapter has written to them before, and W."""
-        if self._are_side_by_side():
-            yield None, bool(self.adapted), self.whole[:, : -self.room] if self.room else self.whole
-            return
         weights = [layer.weight for layer in self.layers]
+        if self.whole is not None and [weight.data_ptr() for weight in weights] == self.rows:
+            yield None, bool(self.adapted), self.whole
+            return
         end = 0
         for layer, weight, size, rank, dequantize in zip(
             self.layers, weights, self.sizes, self.ranks, self.dequantize, strict=True
@@ -148,9 +136,6 @@ class Projections:
             start, end = end, end + size
             columns = slice(start, end) if len(weights) > 1 else None
             yield columns, rank > 0, dequantize(layer) if dequantize else weight.detach()
-
-    def _are_side_by_side(self) -> bool:
-        return self.whole is not None and [layer.weight.data_ptr() for layer in self.layers] == self.rows
 
 
 class GradientSum:
@@ -173,28 +158,21 @@ class GradientSum:
 
 
 class AdapterCopies:
-    """The adapters, float32 as they are trained, in the `dtype` of the products: copied by a few kernels."""
+    """The adapters, float32 as they are trained, in the `dtype` of the products: copied all at once, by two kernels."""
 
     def __init__(self, projections: Sequence[Projections], dtype: torch.dtype):
-        self.masters, self.copies, self.scaled, self.scalings, self.borders = [], [], [], [], []
+        self.masters, self.copies, self.scaled, self.scalings = [], [], [], []
         for group in projections:
             As, Bs = group.parameters[::2], group.parameters[1::2]
             if not As:
                 continue
             group.A_RD = As[0].new_empty(sum(group.ranks), As[0].shape[1], dtype=dtype)
+            new_Bs = [torch.empty_like(B, dtype=dtype, requires_grad=False) for B in Bs]
+            waiting = iter(new_Bs)
+            group.Bs = [next(waiting) if rank else None for rank in group.ranks]
             new_As = list(group.A_RD.split([A.shape[0] for A in As]))
-            self.masters += As
-            self.copies += new_As
-            if group.room:
-                border = group.whole[:, -group.room :]
-                self.borders.append((border, [B.detach() for B in Bs]))
-                group.Bs = [rows.split(group.ranks, dim=1)[i] for i, rows in enumerate(border.split(group.sizes))]
-            else:
-                new_Bs = [torch.empty_like(B, dtype=dtype, requires_grad=False) for B in Bs]
-                waiting = iter(new_Bs)
-                group.Bs = [next(waiting) if rank else None for rank in group.ranks]
-                self.masters += Bs
-                self.copies += new_Bs
+            self.masters += As + Bs
+            self.copies += new_As + new_Bs
             self.scaled += new_As
             self.scalings += group.scalings
 
@@ -204,8 +182,6 @@ class AdapterCopies:
             return
         torch._foreach_copy_(self.copies, self.masters)
         torch._foreach_mul_(self.scaled, self.scalings)
-        for border, Bs in self.borders:
-            block_diagonal_(border, *Bs)
 
 
 def put_side_by_side(groups: Sequence[Projections]) -> None:
@@ -213,11 +189,9 @@ def put_side_by_side(groups: Sequence[Projections]) -> None:
     for group in groups:
         # Where not all or none of the layers have adapters, the first product cannot write or add to all of y.
         if len(group.layers) > 1 and not any(group.dequantize) and len(group.adapted) in (0, len(group.layers)):
-            D, R = group.layers[0].in_features, sum(group.ranks)
-            group.room = R if R % 8 == 0 and R <= WIDEST_BORDER * D else 0  # of 8: rows begin at multiples of 16 bytes
-            group.whole = group.layers[0].weight.new_zeros(sum(group.sizes), D + group.room, requires_grad=False)
-            for layer, rows in zip(group.layers, group.whole[:, :D].split(group.sizes), strict=True):
-                layer.weight.data = rows.copy_(layer.weight.detach())
+            group.whole = torch.cat([layer.weight.detach() for layer in group.layers])
+            for layer, rows in zip(group.layers, group.whole.split(group.sizes), strict=True):
+                layer.weight.data = rows
             group.rows = [layer.weight.data_ptr() for layer in group.layers]
 
 

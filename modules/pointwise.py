@@ -6,9 +6,6 @@ CPU they run as they stand. Statistics and derivatives are formed in float32 (fl
 T tokens, D model, N heads, H head dim, F feed-forward.
 """
 
-import functools
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,18 +17,11 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, *, room: int = 0) -> Tensor:
-    """weight · x / √(mean x² + eps), as modules/norm.py; behind it `room` columns that nobody has written to."""
-    T, D = x_TD.shape
-    y = x_TD.new_empty(T, D + room)
-    _rms_norm_into(y[:, :D] if room else y, x_TD, weight_D, eps)
-    return y
-
-
 @compiled
-def _rms_norm_into(y_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float) -> None:
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """weight · x / √(mean x² + eps), as modules/norm.py."""
     wide = _wide(x_TD)
-    y_TD.copy_(weight_D * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x_TD.dtype))
+    return weight_D * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
 
 
 @compiled
@@ -86,11 +76,3 @@ def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, dh_TF: Tensor) -> None:
     dup, h = dh * silu, silu * up
     for target, value in ((gate_TF, dgate), (up_TF, dup), (dh_TF, h)):
         target.copy_(value)
-
-
-@functools.partial(compiled, any_length=False)
-def block_diagonal_(out_OR: Tensor, *blocks: Tensor) -> None:
-    """Overwrites a matrix by blocks along its diagonal, and zeros."""
-    ends = itertools.accumulate(block.shape[1] for block in blocks)
-    R = out_OR.shape[1]
-    out_OR.copy_(torch.cat([F.pad(b, (end - b.shape[1], R - end)) for b, end in zip(blocks, ends, strict=True)]))
