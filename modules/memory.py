@@ -56,9 +56,10 @@ def plan_memory(
     activations = tokens * size * (kept * (blocks - entire) + whole["fast"] * entire)
     alive = tokens * size * plain  # while a block is computed again
     if fused:
-        alive = tokens * size * (5 * D + 3 * heads) + min(tokens * 4 * F * size, TILE_BYTES * 4 // 3)
+        tile = min(tokens * 4 * F * size, TILE_BYTES * 4 // 3)
+        workspace = min(8 * tokens * config.num_attention_heads * config.head_dim, WORKSPACE_BYTES)
+        alive = tokens * size * (4 * D + 2 * heads) + max(tile, workspace)
         alive += tokens * size * kept_up_to_attention(model) * bool(host_budget)  # of the next block, coming back
-        alive += min(8 * tokens * config.num_attention_heads * config.head_dim, WORKSPACE_BYTES)
     inputs = tokens * size * D * (blocks - entire) if rung == "offload" else 0
     made = tokens * size * (kept_up_to_attention(model) - D) * (blocks - entire)  # by attention, all that there is
     on_card = 2**28 if optimizer == "adamw-host" and any(p.is_cuda for p in trained) else 0  # on their way

@@ -1,6 +1,7 @@
 """The estimate that a run states before it starts, against what runs have taken on a GPU."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from modules.memory import describe_memory, plan_memory
 from recipes.benchmarks.measure import Row
 from tests.tiny import ROOT
 
+LONGEST = json.loads((ROOT / "recipes/benchmarks/benchmark_h200.json").read_text(encoding="utf-8"))["longest"]
 MEASURED = json.loads((ROOT / "recipes/benchmarks/benchmark_h100.json").read_text(encoding="utf-8"))["speed"]
 ROWS = [(Row(**row["settings"]), row["peak_gib"], row["host_gib"]) for row in MEASURED]
 
@@ -37,6 +39,23 @@ def test_the_plan_of_lora(row, peak, host):
     assert peak * 0.98 < total < peak * 1.1
     assert waiting == pytest.approx(host, abs=0.51)  # it is locked in pieces of 16 MiB, 16 at a time
     assert describe_memory(plan | {"host": int(waiting * 2**30)}).startswith(f"memory: about {total:.2f} GiB (weights ")
+
+
+@pytest.mark.parametrize("measured", [row for row in LONGEST if "activations_host_gib" in row["settings"]])
+def test_the_plan_of_long_sequences(measured):
+    row = Row(**measured["settings"])
+    model = build_model(PRESETS[row.preset] | {"architectures": ["LlamaForCausalLM"]})
+    model = model.to(torch.bfloat16).requires_grad_(False)
+    block = 2 * sum(p.numel() for p in model.blocks[0].parameters())
+    keep_embedding_on_host(model, torch.device("meta"))
+    add_lora(model, rank=row.rank, alpha=1.0)
+    frozen = [name for name, p in model.named_parameters() if "layers" in name and not p.requires_grad]
+    streamed = SimpleNamespace(names=frozen, card_bytes=2 * 0.26 * block)  # two NF4 blocks at a time
+    measures = dict(tokens=row.length, dtype=torch.bfloat16, fused=True, streamed=streamed, optimizer=row.optimizer)
+    plan = plan_memory(model, row.activations, **measures)
+    del plan["host"]
+    total = (sum(plan.values()) - min(plan["one block"], plan["loss"])) / 2**30
+    assert measured["peak_gib"] * 0.95 < total < measured["peak_gib"] * 1.1
 
 
 def test_a_small_plan_is_told_in_mib():
