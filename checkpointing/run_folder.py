@@ -16,7 +16,9 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -32,6 +34,7 @@ from checkpointing.training_state import STATE
 
 RESULTS = {"adapter": "adapter_config.json", "model": "config.json"}  # and a file that every complete one has
 STOPS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
+TELL_EVERY = 30  # seconds
 LEFTOVERS = ("metrics.jsonl", "loss.svg", "recipe.py")
 
 
@@ -53,6 +56,7 @@ class RunFolder:
         self.stop_status = 0
         self._record: dict = {}
         self._undrawn = False
+        self._told = time.monotonic()
         self._loggers: list[Loggers] = []
         self._handlers: dict[int, Any] = {}
         self._lock: int | None = None
@@ -106,6 +110,10 @@ class RunFolder:
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(plain(row)) + "\n")
         self._undrawn = True
+        if "loss" in row and not sys.stderr.isatty() and time.monotonic() - self._told > TELL_EVERY:
+            self._told = time.monotonic()  # where there is no progress bar: under nohup, in a job
+            speed = f", {row['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in row else ""
+            say(f"step {row['step']}: loss {row['loss']:.4f}{speed}")
         for name in ("loss",) if scaled else ("loss", "grad_norm"):
             if not math.isfinite(row.get(name, 0.0)):
                 saved = self.latest_checkpoint()

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from checkpointing import run_record
+from checkpointing import run_folder, run_record
 from checkpointing.atomic import claim_folder
 from checkpointing.errors import clear_errors
 from checkpointing.loggers import Loggers
@@ -335,6 +335,25 @@ def test_a_resumed_run_knows_when_it_was_first_started(tmp_path: Path, monkeypat
 
 
 # Metrics.
+
+
+def test_without_a_progress_bar_a_line_now_and_then(tmp_path: Path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now[0])
+    with RunFolder.open(tmp_path / "run", {}, script=__file__, resume=False) as run:
+        for step, seconds in enumerate((10, 29, 31, 59, 62), start=1):
+            now[0] = seconds
+            run.log({"step": step, "loss": 1 / step, "tokens_per_second": 1234.5})
+            run.log({"step": step, "eval_loss": 9.0})
+        assert capsys.readouterr().err.splitlines() == [
+            "step 3: loss 0.3333, 1,234 tok/s",
+            "step 5: loss 0.2000, 1,234 tok/s",
+        ]
+        monkeypatch.setattr(run_folder.sys, "stderr", io.StringIO())
+        run_folder.sys.stderr.isatty = lambda: True
+        now[0] = 100
+        run.log({"step": 6, "loss": 1.0})
+        assert run_folder.sys.stderr.getvalue() == ""
 
 
 def test_metrics_keep_every_bit_and_are_valid_json(tmp_path: Path):
