@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def say(text: str) -> None:
-    """Messages go to standard error; standard output carries results only."""
-    print(text, file=sys.stderr, flush=True)
+    """Messages go to standard error; standard output carries results only. A terminal that is gone stops nothing."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

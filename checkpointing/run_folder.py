@@ -56,7 +56,8 @@ class RunFolder:
         self.stop_status = 0
         self._record: dict = {}
         self._undrawn = False
-        self._told = time.monotonic()
+        # Where there is no progress bar (under nohup, in a job) a line now and then takes its place.
+        self._told = math.inf if sys.stderr.isatty() else time.monotonic()
         self._loggers: list[Loggers] = []
         self._handlers: dict[int, Any] = {}
         self._lock: int | None = None
@@ -103,6 +104,8 @@ class RunFolder:
     def log(self, row: dict, *, scaled: bool = False) -> None:
         """Append a row to metrics.jsonl: valid JSON (NaN and infinities as strings), floats to the last bit.
 
+        Where no terminal shows a progress bar, the loss of a step is said every `TELL_EVERY` seconds.
+
         Raises ValueError for a `loss` or `grad_norm` that is not finite: with such gradients the weights are lost, and
         saving them would push a good checkpoint out. `scaled`: float16's loss scaler leaves out a step whose gradients
         are not finite; a loss that is not has overflowed in forward, which no scale mends, and ends such a run, too.
@@ -110,10 +113,6 @@ class RunFolder:
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(plain(row)) + "\n")
         self._undrawn = True
-        if "loss" in row and not sys.stderr.isatty() and time.monotonic() - self._told > TELL_EVERY:
-            self._told = time.monotonic()  # where there is no progress bar: under nohup, in a job
-            speed = f", {row['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in row else ""
-            say(f"step {row['step']}: loss {row['loss']:.4f}{speed}")
         for name in ("loss",) if scaled else ("loss", "grad_norm"):
             if not math.isfinite(row.get(name, 0.0)):
                 saved = self.latest_checkpoint()
@@ -121,6 +120,10 @@ class RunFolder:
                 found = f"{name} is {plain(row[name])} at step {row['step']}: the run has diverged"
                 anew = "start anew with a lower --lr" + (" and another --output" if saved else "")
                 raise ValueError(f"{found}, and nothing more was saved ({last}); {anew}")
+        if "loss" in row and time.monotonic() - self._told > TELL_EVERY:
+            self._told = time.monotonic()
+            speed = f", {row['tokens_per_second']:,.0f} tok/s" if "tokens_per_second" in row else ""
+            say(f"step {row['step']}: loss {row['loss']:.4f}{speed}")
 
     def cut_metrics(self, step: int) -> None:
         """Drop the rows after `step`, and a last line that a kill cut short: the resumed run writes them again."""

@@ -72,8 +72,14 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _build(function: Callable, args: tuple, tokens: int) -> Callable[[list[Tensor]], Tensor | tuple[Tensor, ...]]:
-    """A kernel that takes the list of the tensors among `args`; the other arguments are constants in it."""
+    """A kernel that takes the list of the tensors among `args`; the other arguments are constants in it.
+
+    The function returns a tensor, a tuple of tensors, or None (the kernel's `()`).
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv())
+    constants = [None if isinstance(a, Tensor) else a for a in args]  # the kernel outlives the tensors
+    is_tensor = [isinstance(a, Tensor) for a in args]
+    alone = False
 
     def fake(tensor: Tensor) -> Tensor:
         symbolic = tensor.shape[:1] == (tokens,)
@@ -82,23 +88,26 @@ def _build(function: Callable, args: tuple, tokens: int) -> Callable[[list[Tenso
 
     def of_tensors(*tensors):
         waiting = iter(tensors)
-        return function(*(next(waiting) if isinstance(a, Tensor) else a for a in args))
+        return function(*(next(waiting) if own else c for own, c in zip(is_tensor, constants, strict=True)))
 
     def as_tuple(*tensors):
+        nonlocal alone
         result = of_tensors(*tensors)
-        return result if isinstance(result, tuple) else () if result is None else (result,)
+        alone = isinstance(result, Tensor)
+        return (result,) if alone else result or ()
 
+    # The compiler's inner entrance: what torch.compile does around it for autograd makes a call take half as long again.
+    # It wants writes to the arguments gathered at the graph's end, and operations in the compiler's own words.
     try:
         from torch._inductor import compile_fx, decomposition  # takes seconds: not before something is compiled
 
-        # What torch.compile does around its inner entrance is for autograd, and costs a call as much as all the rest.
         fakes = [fake(a) for a in args if isinstance(a, Tensor)]
         functional = torch.func.functionalize(as_tuple, remove="mutations")
         with mode, torch.no_grad():
             graph = make_fx(functional, decomposition_table=decomposition.select_decomp_table())(*fakes)
-            result = of_tensors(*fakes)
+        # Without is_inference trying out configurations clones what a kernel overwrites: 0.75 GiB in a 1B's step.
         kernel = compile_fx.compile_fx_inner(graph, fakes, is_inference=True)
-        return (lambda tensors: kernel(tensors)[0]) if isinstance(result, Tensor) else kernel
+        return (lambda tensors: kernel(tensors)[0]) if alone else kernel
     except Exception as error:  # these entrances to the compiler are not promised to stay as they are
         warnings.warn(f"{function.__name__} goes through torch.compile ({error!r:.200})", stacklevel=2)
         whole = torch.compile(of_tensors)

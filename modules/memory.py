@@ -58,6 +58,7 @@ def plan_memory(
     if fused:
         tile = min(tokens * 4 * F * size, TILE_BYTES * 4 // 3)
         workspace = min(8 * tokens * config.num_attention_heads * config.head_dim, WORKSPACE_BYTES)
+        # x, x', their gradients, and what attention reads with its gradients; feed-forward and attention take turns.
         alive = tokens * size * (4 * D + 2 * heads) + max(tile, workspace)
         alive += tokens * size * kept_up_to_attention(model) * bool(host_budget)  # of the next block, coming back
     inputs = tokens * size * D * (blocks - entire) if rung == "offload" else 0

@@ -349,11 +349,25 @@ def test_without_a_progress_bar_a_line_now_and_then(tmp_path: Path, monkeypatch,
             "step 3: loss 0.3333, 1,234 tok/s",
             "step 5: loss 0.2000, 1,234 tok/s",
         ]
-        monkeypatch.setattr(run_folder.sys, "stderr", io.StringIO())
-        run_folder.sys.stderr.isatty = lambda: True
+        monkeypatch.setattr(run_folder.sys, "stderr", GoneTerminal(tty=False))
         now[0] = 100
         run.log({"step": 6, "loss": 1.0})
+        assert rows(tmp_path / "run")[-1]["step"] == 6  # and no error
+    monkeypatch.setattr(run_folder.sys, "stderr", GoneTerminal(tty=True))
+    with RunFolder.open(tmp_path / "other", {}, script=__file__, resume=False) as run:
+        monkeypatch.setattr(run_folder.sys, "stderr", io.StringIO())  # a terminal that is gone is none any more
+        now[0] = 200
+        run.log({"step": 1, "loss": 1.0})
         assert run_folder.sys.stderr.getvalue() == ""
+
+
+class GoneTerminal(io.StringIO):
+    def __init__(self, tty: bool):
+        super().__init__()
+        self.isatty = lambda: tty
+
+    def write(self, text: str):
+        raise OSError(5, "Input/output error")
 
 
 def test_metrics_keep_every_bit_and_are_valid_json(tmp_path: Path):

@@ -135,7 +135,8 @@ def test_padding_changes_nothing(tmp_path):
     ids = torch.randint(0, 97, (1, 9))
     padded = torch.cat([ids, torch.zeros(1, 6, dtype=torch.long)], dim=1)
     layout = padded_layout(15).prepare(torch.device("cpu"), torch.float32)
-    assert (ours(padded, layout)[:, :9] - ours(ids)).abs().max() < 1e-6
+    # Where a matrix is longer some CPUs sum in another order.
+    assert (ours(padded, layout)[:, :9] - ours(ids)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["plain", "multi-query", "tied", "biases", "llama3 rope", "yarn rope"])

@@ -1,7 +1,9 @@
 """Kernels made of functions: one serves every length; what they may not serve gets another."""
 
+import gc
 import shutil
 import warnings
+import weakref
 from functools import partial
 
 import pytest
@@ -47,6 +49,22 @@ def test_one_kernel_serves_every_length(function):
         # What it returns, and what it overwrites.
         torch.testing.assert_close(got, () if expected is None else expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(args, expected_args, rtol=1e-5, atol=1e-5)
+
+
+def test_where_the_compiler_has_no_such_entrance(monkeypatch):
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", None)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    for function in (lambda x, n: x + n, lambda x, n: (x + n, x), lambda x, n: [x.add_(n)] and None):
+        x = torch.zeros(3, 2)
+        with pytest.warns(UserWarning, match="goes through torch.compile"):
+            kernel = compile._build(function, (x, 1.0), tokens=3)
+        expected, got = torch.zeros(5, 2), torch.zeros(5, 2)
+        torch.testing.assert_close(kernel([got]), function(expected, 1.0))
+        assert got.equal(expected)
+        left = weakref.ref(x)
+        del x
+        gc.collect()
+        assert left() is None  # the kernel does not hold what it was first called with
 
 
 def test_which_calls_share_a_kernel(monkeypatch):
