@@ -96,7 +96,7 @@ def _build(function: Callable, args: tuple, tokens: int) -> Callable[[list[Tenso
         alone = isinstance(result, Tensor)
         return (result,) if alone else result or ()
 
-    # The compiler's inner entrance: what torch.compile does around it for autograd makes a call take half as long again.
+    # The compiler's inner entrance. What torch.compile does around it for autograd makes a call half as long again.
     # It wants writes to the arguments gathered at the graph's end, and operations in the compiler's own words.
     try:
         from torch._inductor import compile_fx, decomposition  # takes seconds: not before something is compiled
