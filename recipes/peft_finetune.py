@@ -271,6 +271,8 @@ def train(cfg: Config, run: RunFolder) -> None:
     if needs_dense:
         quantize_blocks(model, kind, head=cfg.quantize_head)  # what has no adapter
     train_whole_modules(model, cfg.modules_to_save)
+    if cfg.modules_to_save and getattr(model, "was_tied", False):
+        say("the head and the embedding were one weight; they are two from now on")
     train_token_rows(model, new_rows, DTYPES[cfg.adapter_dtype])
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = method.parameter_groups(trainable, cfg.lr) if hasattr(method, "parameter_groups") else None

@@ -68,6 +68,8 @@ def test_whole_modules_beside_an_adapter(base, tmp_path):
     flags = ("--modules-to-save", "norm", "lm_head", "--fused")
     done = train(base, tmp_path / "whole", "lora", *flags)
     assert "forward and backward by hand" in done.stderr
+    tied = json.loads((base / "base/config.json").read_text())["tie_word_embeddings"]
+    assert ("were one weight" in done.stderr) == tied
     (evaluated,) = [row["eval_loss"] for row in read_metrics(tmp_path / "whole") if "eval_loss" in row]
     evaluate = ("evaluate", "--model", base / "base", "--data", base / "rows.jsonl", "--device", "cpu")
     found = json.loads(run_recipe(*evaluate, "--adapter", tmp_path / "whole/adapter").stdout)["loss"]
