@@ -71,7 +71,7 @@ def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, dh_TF: Tensor) -> None:
     """Overwrites gate by ∂gate, up by ∂up and dh by h = silu(gate) · up, which the layer behind needs once more."""
     gate, up, dh = _wide(gate_TF), _wide(up_TF), _wide(dh_TF)
     sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
+    silu = F.silu(gate)  # to the bit what forward had
     dgate = dh * up * (sigmoid + silu * (1 - sigmoid))
     dup, h = dh * silu, silu * up
     for target, value in ((gate_TF, dgate), (up_TF, dup), (dh_TF, h)):

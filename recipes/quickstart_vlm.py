@@ -1,4 +1,4 @@
-"""Watch a model learn to see: two to three minutes of one CPU core, nothing to download.
+"""Watch a model learn to see: two to five minutes of one CPU core, nothing to download.
 
     python recipes/quickstart_vlm.py
 

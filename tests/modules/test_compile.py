@@ -54,7 +54,11 @@ def test_one_kernel_serves_every_length(function):
 def test_where_the_compiler_has_no_such_entrance(monkeypatch):
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", None)
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    for function in (lambda x, n: x + n, lambda x, n: (x + n, x), lambda x, n: [x.add_(n)] and None):
+
+    def overwrite(x, n):
+        x.add_(n)
+
+    for function in (overwrite, lambda x, n: x + n, lambda x, n: (x + n, x)):
         x = torch.zeros(3, 2)
         with pytest.warns(UserWarning, match="goes through torch.compile"):
             kernel = compile._build(function, (x, 1.0), tokens=3)
