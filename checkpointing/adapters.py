@@ -1,6 +1,6 @@
 """Adapters in PEFT's format, both ways: adapter_config.json and adapter_model.safetensors.
 
-What stands in them is each method's own (`export` and `load`, see modules/methods.py); here are the files.
+What stands in them is each method's own (`export` and `load`, see modules/adapters/methods/); here are the files.
 """
 
 import json
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from checkpointing.pretrained import read_json
 from checkpointing.safetensors_file import specs_of, write_safetensors
-from modules import token_rows, whole_modules
-from modules.lora_peft import read_layers
-from modules.methods import find_method, method_of
-from modules.vocabulary import fit_vocabulary
+from modules.adapters import token_rows, whole_modules
+from modules.adapters.lora_peft import read_layers
+from modules.adapters.methods import find_method, method_of
+from modules.adapters.vocabulary import fit_vocabulary
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -81,7 +81,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
 
 
 def count_virtual_tokens(folder: Path | None) -> int:
-    """Virtual tokens that rows begin with for this adapter (modules/virtual_tokens.py); 0 for most, and for none."""
+    """Virtual tokens that rows begin with for this adapter (virtual_tokens.py); 0 for most, and for none."""
     return read_folder(folder)[0].get("num_virtual_tokens", 0) if folder else 0
 
 

@@ -3,7 +3,7 @@
 The order of an epoch follows from (seed, epoch) alone and the packs from the order and the rows' lengths, so where a
 run stands in its data is two numbers, the epoch and the micro-batch: that is all a resume needs.
 
-Images are decoded in background threads, a step or two before their turn (data/prefetch.py).
+Images are decoded in background threads, a step or two before their turn (data/images/prefetch.py).
 
 B rows, T tokens, N target positions.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.dataset import TokenizedDataset
-from data.prefetch import default_workers, prefetch
+from data.images.prefetch import default_workers, prefetch
 from modules.attention import SequenceLayout, packed_layout, padded_layout
 from modules.image_tokens import Images
 from modules.loss import IGNORE_INDEX

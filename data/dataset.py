@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.chat_templates import ChatTemplate
+from data.chat.templates import ChatTemplate
 from data.dataset_report import DatasetReport
-from data.image_files import BadImage, ImageFiles
-from data.image_processor import ImageProcessor
+from data.images.files import BadImage, ImageFiles
+from data.images.processor import ImageProcessor
 from data.json_rows import read_rows
 from data.rows import Encoded, encode_row
-from data.tokenizers import Tokenizer
-from modules import virtual_tokens
+from data.tokenizers.load import Tokenizer
+from modules.adapters import virtual_tokens
 from modules.image_tokens import Images, place_images
 from modules.loss import IGNORE_INDEX
 
@@ -109,7 +109,7 @@ def load_dataset(
     these are looked at here and decoded when their turn comes. A row with images is cut behind the last one or, where
     even that is too long, dropped. `skip_bad_rows` drops rows with a missing or broken image instead of raising.
 
-    `virtual_ids` are put in front of every example (modules/virtual_tokens.py); `seq_len` counts them, and no target
+    `virtual_ids` are put in front of every example (virtual_tokens.py); `seq_len` counts them, and no target
     falls on them.
     """
     if seq_len is not None and seq_len < 2:

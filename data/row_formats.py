@@ -9,13 +9,13 @@ A row is one of these (the first that fits; null counts as absent):
     {"text": "…"}
 
 `prompt` and `completion` may both be lists of messages: then they are one chat, of which the completion is trained.
-For a vision-language model all of them may have images (data/image_rows.py).
+For a vision-language model all of them may have images (data/images/rows.py).
 """
 
 from dataclasses import dataclass, replace
 
-from data.chat_contents import IMAGE, Content
-from data.image_rows import RowImages
+from data.chat.contents import IMAGE, Content
+from data.images.rows import RowImages
 from data.json_rows import shown
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}

@@ -4,12 +4,12 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from data.chat_contents import PLACEHOLDER, texts_of
-from data.chat_targets import special_token_pattern
-from data.chat_templates import TRAIN_ON, ChatTemplate
-from data.image_files import ImageFiles
+from data.chat.contents import PLACEHOLDER, texts_of
+from data.chat.targets import special_token_pattern
+from data.chat.templates import TRAIN_ON, ChatTemplate
+from data.images.files import ImageFiles
 from data.row_formats import Chat, Completion, Text, parse_row
-from data.tokenizers import Tokenizer
+from data.tokenizers.load import Tokenizer
 from modules.loss import IGNORE_INDEX
 
 

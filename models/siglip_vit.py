@@ -91,7 +91,7 @@ class SiglipVisionModel(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.encoder.layers
 
-    # What modules/activations.py asks of a model: `model.model` runs the blocks and ends in `norm`.
+    # What modules/memory/activations.py asks of a model: `model.model` runs the blocks and ends in `norm`.
     @property
     def model(self) -> "SiglipVisionModel":
         return self

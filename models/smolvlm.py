@@ -1,6 +1,6 @@
 """SmolVLM (arXiv:2504.05299) and Idefics3 (arXiv:2408.12637): a SigLIP vision transformer, a connector, and a Llama.
 
-An image is shown to the model as several square tiles and once as a whole (data/image_tiles.py); to the model each of
+An image is shown to the model as several square tiles and once as a whole (data/images/tiles.py); to the model each of
 these is an image. The connector folds s × s neighbouring patches into one feature, s² times as wide, and projects it
 to the Llama's width: 1,024 patches of a 512-pixel tile become 64 tokens. How the parts are run together stands in
 models/vision_language.py. Module names are those of transformers and of every folder.
@@ -98,7 +98,7 @@ class SmolVLMModel(nn.Module):
         """[I, C, S, S'] → [I, P / s², D].
 
         `pixel_mask` [I, S, S'] is True where there is an image and not padding; a patch counts as soon as one of its
-        pixels does. The tiles of data/image_tiles.py are full and need none.
+        pixels does. The tiles of data/images/tiles.py are full and need none.
         """
         patch, s = self.config.vision.patch_size, self.config.scale_factor
         rows, columns = (side // patch for side in pixel_values.shape[2:])

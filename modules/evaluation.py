@@ -1,9 +1,6 @@
 """Evaluation loss, and a sample of what the model writes, without keeping any logits."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,15 +8,9 @@ from torch import nn
 from modules.generation import generate
 from modules.loss import IGNORE_INDEX, linear_cross_entropy
 
-if TYPE_CHECKING:
-    from data.batches import Batch
-    from data.dataset import TokenizedDataset
-
 
 @torch.no_grad()
-def evaluate_loss(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype
-) -> tuple[float, int]:
+def evaluate_loss(model: nn.Module, batches: Iterable, device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
     """Mean cross entropy per target token over all batches, and the number of those tokens."""
     training = model.training
     model.eval()
@@ -35,7 +26,7 @@ def evaluate_loss(
 
 
 def sample_completion(
-    model: nn.Module, dataset: TokenizedDataset, tokenizer, stop_ids: set[int], max_new_tokens: int = 64
+    model: nn.Module, dataset, tokenizer, stop_ids: set[int], max_new_tokens: int = 64
 ) -> dict[str, str]:
     """Greedy completion of the first row: its `prompt` (all before the first target), `completion` and `expected`."""
     virtual = dataset.report.virtual_tokens  # `generate` puts them in front itself

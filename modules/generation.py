@@ -11,9 +11,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from modules.adapters.virtual_tokens import virtual_ids
 from modules.attention import SequenceLayout, padded_layout
 from modules.image_tokens import Images
-from modules.virtual_tokens import virtual_ids
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def generate(
     """New token ids for each prompt, up to and including the first of `stop_ids`; temperature 0 is greedy.
 
     `images` stand in the prompts (`place_images(prompts, ...)`); with a cache, only the first pass sees them. A model
-    with virtual tokens (modules/virtual_tokens.py) gets them in front of every prompt.
+    with virtual tokens (modules/adapters/virtual_tokens.py) gets them in front of every prompt.
 
     Raises ValueError for an empty prompt or one that leaves no room in the model's positions.
     """

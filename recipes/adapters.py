@@ -8,7 +8,7 @@
     python recipes/adapters.py merge --model BASE --adapter runs/lora/adapter --output merged
 
 Folders are in PEFT's format, both ways. Standard output carries one JSON object. What `combine` computes is in
-modules/lora_combine.py. `convert` is exact, up to rounding, for LoRA and what is saved as such (LoRA+, LoRA-FA, EVA,
+lora_combine.py. `convert` is exact, up to rounding, for LoRA and what is saved as such (LoRA+, LoRA-FA, EVA,
 our PiSSA, OLoRA and LoftQ), for rsLoRA, for PiSSA and OLoRA as peft saves them, and for VeRA. The change of DoRA and
 (IA)³ has full rank: the best approximation of a given rank takes its place, and its error is reported, as is that of a
 `--rank` below the adapter's own. `merge` is recipes/merge.py.
@@ -35,13 +35,13 @@ from checkpointing.atomic import atomic_folder, check_vacant
 from checkpointing.errors import clear_errors, say
 from checkpointing.pretrained import COMPANIONS, WeightFiles, find_checkpoint, map_weights, read_config
 from models import build_model
-from modules.adapter_switch import adapted_layers
+from modules.adapters.lora_combine import COMBINATIONS, combine
+from modules.adapters.lora_peft import config_of, factor_names, read_layers
+from modules.adapters.methods import method_of
+from modules.adapters.methods.lora_convert import change_of, fit
+from modules.adapters.peft_names import PREFIX
+from modules.adapters.switch import adapted_layers
 from modules.device import DTYPES, pick_device
-from modules.lora_combine import COMBINATIONS, combine
-from modules.lora_convert import change_of, fit
-from modules.lora_peft import config_of, factor_names, read_layers
-from modules.methods import method_of
-from modules.peft_names import PREFIX
 from recipes import merge
 
 LORA = ("lora_A", "lora_B")

@@ -27,19 +27,19 @@ from checkpointing.errors import clear_errors, say
 from checkpointing.export import check_export, write_companions, write_weights
 from checkpointing.pretrained import WeightFiles, check_names, find_checkpoint, on_disk, read_config
 from checkpointing.safetensors_file import spec_bytes
-from data.added_tokens import read_json
-from data.chat_contents import PLACEHOLDER
-from data.chat_formats import TEMPLATES
-from data.chat_templates import load_chat_template
-from data.images import load_image_processor
-from data.new_tokens import add_tokens, save_tokenizer
-from data.tokenizers import Tokenizer, load_tokenizer
+from data.chat.contents import PLACEHOLDER
+from data.chat.formats import TEMPLATES
+from data.chat.templates import load_chat_template
+from data.images.load import load_image_processor
+from data.tokenizers.added_tokens import read_json
+from data.tokenizers.load import Tokenizer, load_tokenizer
+from data.tokenizers.new_tokens import add_tokens, save_tokenizer
 from models import build_model
 from models.clip_vit import CLIPVisionModel
 from models.llama import LlamaForCausalLM
 from models.vision_language import VisionLanguageModel
+from modules.adapters.vlm_parts import name_in_language_model
 from modules.device import DTYPES
-from modules.vlm_parts import name_in_language_model
 
 PAD = "<pad>"
 ROWS = 64  # the vocabulary is filled up to a multiple of this

@@ -8,8 +8,8 @@ and an answer counts only if every character is right. The second takes data of 
 --eval-data. `--preset llama-3.2-1b --tokenizer FOLDER` in place of --model makes a base of that shape with random
 weights: speed and memory are a real one's, losses are not.
 
-Each method of modules/methods.py is trained by recipes/peft_finetune.py (on the CPU in a process of its own): 200 steps
-of 16 rows, rank 16, 20 virtual tokens, one seed, plain modules without compilation, so that nothing but the method
+Each method of modules/adapters/methods/ is trained by recipes/peft_finetune.py (on the CPU in a process of its own):
+200 steps of 16 rows, rank 16, 20 virtual tokens, one seed, plain modules without compilation: nothing but the method
 differs. And its learning rate: no rate suits them all. Those below gave the best held-out loss on the quickstart's task
 with --seed 1, whose rows are others, of at least three rates a factor of 3 apart (LOG.md has the figures). Other models
 want other ones (--lr-scale), and a method that ends last here may end first with more steps or a larger base.
@@ -37,8 +37,8 @@ import tyro
 
 from checkpointing.atomic import atomic_write_text, claim_folder
 from checkpointing.errors import clear_errors, say
+from modules.adapters.methods import METHODS, read_by
 from modules.device import peak_memory_gib, pick_device
-from modules.methods import METHODS, read_by
 from recipes import peft_finetune, quickstart
 from recipes.benchmarks.compare_report import draw, table
 from recipes.benchmarks.real_size import write_checkpoint

@@ -23,17 +23,17 @@ from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from checkpointing.run_record import plain
 from data.batches import Batches
-from data.chat_templates import load_chat_template
+from data.chat.templates import load_chat_template
 from data.dataset import load_dataset
-from data.images import load_image_processor
-from data.new_tokens import tokenizer_folder
-from data.tokenizers import load_tokenizer
+from data.images.load import load_image_processor
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.new_tokens import tokenizer_folder
 from models import build_model
 from models.vision_language import VisionLanguageModel
+from modules.adapters.virtual_tokens import placeholders
 from modules.device import pick_device, pick_dtype
 from modules.evaluation import evaluate_loss
-from modules.quantize import linear_kind, quantize_blocks
-from modules.virtual_tokens import placeholders
+from modules.quantization.quantize import linear_kind, quantize_blocks
 
 
 @dataclass

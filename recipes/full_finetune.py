@@ -26,26 +26,26 @@ from tqdm import tqdm
 from checkpointing.atomic import atomic_folder
 from checkpointing.errors import clear_errors, say
 from checkpointing.export import check_export, save_model
-from checkpointing.flags import check_flags, describe_choices
 from checkpointing.loggers import open_loggers
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from checkpointing.run_folder import RunFolder
 from checkpointing.training_state import load_training_state, save_training_state
 from data.batches import Batches, fit_seq_len
-from data.chat_templates import load_chat_template, stop_token_ids
+from data.chat.templates import load_chat_template, stop_token_ids
 from data.dataset import load_dataset
-from data.tokenizers import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from models import build_text_model
-from modules.activations import keep_activations
 from modules.attention import choose_attention, describe_attention, use_attention
 from modules.compile import enable_compile
 from modules.device import describe_device, make_deterministic, peak_memory_gib, pick_device, pick_dtype
 from modules.evaluation import evaluate_loss, sample_completion
 from modules.loss import linear_cross_entropy
-from modules.memory import describe_memory, plan_memory
+from modules.memory.activations import keep_activations
+from modules.memory.plan import describe_memory, plan_memory
+from modules.memory.step_in_backward import step_in_backward
+from modules.memory.weight_streaming import stream_weights
 from modules.optim import build_optimizer, describe_trained, learning_rate
-from modules.step_in_backward import step_in_backward
-from modules.weight_streaming import stream_weights
+from recipes.common.checks import check_flags, describe_choices
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1 Config

@@ -20,17 +20,17 @@ import tyro
 from checkpointing.adapters import load_adapter
 from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
-from data.chat_templates import load_chat_template, stop_token_ids
-from data.image_files import check, load_image
-from data.images import load_image_processor
-from data.new_tokens import tokenizer_folder
-from data.tokenizers import load_tokenizer
+from data.chat.templates import load_chat_template, stop_token_ids
+from data.images.files import check, load_image
+from data.images.load import load_image_processor
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.new_tokens import tokenizer_folder
 from models import build_model
 from models.vision_language import VisionLanguageModel
 from modules.device import pick_device, pick_dtype
 from modules.generation import generate
 from modules.image_tokens import place_images
-from modules.quantize import linear_kind, quantize_blocks
+from modules.quantization.quantize import linear_kind, quantize_blocks
 
 
 @dataclass

@@ -35,13 +35,13 @@ from checkpointing.errors import clear_errors, say
 from checkpointing.export import changed, check_export, write_companions, write_weights
 from checkpointing.pretrained import WeightFiles, find_checkpoint, map_weights, on_disk, read_config
 from checkpointing.safetensors_file import spec_bytes
-from data.new_tokens import copy_tokenizer, tokenizer_folder
+from data.tokenizers.new_tokens import copy_tokenizer, tokenizer_folder
 from models import build_model
-from modules.adapter_switch import Requantised, adapted_layers, check_mergeable, requantised
-from modules.bitfit import missing_biases
+from modules.adapters.methods.bitfit import missing_biases
+from modules.adapters.switch import Requantised, adapted_layers, check_mergeable, requantised
+from modules.adapters.vocabulary import HEAD, embedding_name
 from modules.device import DTYPES, pick_device
-from modules.quantize import linear_kind, quantize_blocks, rounded_like
-from modules.vocabulary import HEAD, embedding_name
+from modules.quantization.quantize import linear_kind, quantize_blocks, rounded_like
 
 
 @dataclass

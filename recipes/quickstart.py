@@ -25,11 +25,11 @@ from checkpointing.adapters import load_adapter
 from checkpointing.atomic import atomic_write_text, claim_folder
 from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
-from data.tokenizers import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from models import build_model
 from modules.generation import generate
-from modules.memory import storage_bytes
-from modules.nf4 import quantize_nf4
+from modules.memory.plan import storage_bytes
+from modules.quantization.nf4 import quantize_nf4
 from recipes import lora_finetune
 
 BASE = Path(__file__).resolve().parent / "assets" / "quickstart_base"

@@ -29,10 +29,10 @@ from checkpointing.atomic import atomic_folder, atomic_write_text, claim_folder,
 from checkpointing.errors import clear_errors
 from checkpointing.export import save_model
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
-from data.chat_templates import load_chat_template
-from data.image_files import load_image
-from data.images import load_image_processor
-from data.tokenizers import load_tokenizer
+from data.chat.templates import load_chat_template
+from data.images.files import load_image
+from data.images.load import load_image_processor
+from data.tokenizers.load import load_tokenizer
 from models import build_model
 from modules.generation import generate
 from modules.image_tokens import place_images

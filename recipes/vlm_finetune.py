@@ -27,33 +27,33 @@ from checkpointing.adapters import save_adapter
 from checkpointing.atomic import atomic_folder
 from checkpointing.errors import clear_errors, say
 from checkpointing.export import save_model
-from checkpointing.flags import check_flags, describe_choices
 from checkpointing.loggers import open_loggers
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from checkpointing.run_folder import RunFolder
 from checkpointing.training_state import load_training_state, save_training_state
 from data.batches import Batches, fit_seq_len
-from data.chat_templates import load_chat_template, stop_token_ids
+from data.chat.templates import load_chat_template, stop_token_ids
 from data.dataset import load_dataset
-from data.images import load_image_processor
-from data.tokenizers import load_tokenizer
+from data.images.load import load_image_processor
+from data.tokenizers.load import load_tokenizer
 from models import build_model
 from models.vision_language import VisionLanguageModel
-from modules.activations import keep_activations
+from modules.adapters.lora import ALL_LINEAR
+from modules.adapters.vlm_parts import fits_adapter, placed_in_language_model, quantize_parts, train_parts
 from modules.attention import choose_attention, describe_attention, use_attention
 from modules.compile import enable_compile
 from modules.device import DTYPES, describe_device, make_deterministic, peak_memory_gib, pick_device, pick_dtype
 from modules.evaluation import evaluate_loss, sample_completion
-from modules.fused_blocks import disagreement, why_not
-from modules.host_embedding import keep_embedding_on_host
-from modules.lora import ALL_LINEAR
+from modules.fused.blocks import disagreement, why_not
 from modules.loss import linear_cross_entropy
-from modules.memory import describe_memory, plan_memory, plan_vision
+from modules.memory.activations import keep_activations
+from modules.memory.host_embedding import keep_embedding_on_host
+from modules.memory.plan import describe_memory, plan_memory, plan_vision
+from modules.memory.step_in_backward import step_in_backward
+from modules.memory.weight_streaming import stream_weights
 from modules.optim import build_optimizer, describe_trained, learning_rate
-from modules.quantize import linear_kind
-from modules.step_in_backward import step_in_backward
-from modules.vlm_parts import fits_adapter, placed_in_language_model, quantize_parts, train_parts
-from modules.weight_streaming import stream_weights
+from modules.quantization.quantize import linear_kind
+from recipes.common.checks import check_flags, describe_choices
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1 Config
@@ -146,7 +146,7 @@ class Config:
     activations_host_gib: float = 0.0
     """With offload: host memory for what attention made, too, of as many blocks as fit; saves computing it again."""
     fused: bool = torch.cuda.is_available()
-    """Run the blocks by the hand-written modules/lora_block.py where it covers them; default: where there is a GPU."""
+    """Run the blocks by the hand-written lora_block.py where it covers them; default: where there is a GPU."""
     weights: Literal["resident", "stream", "disk"] = "resident"
     """Where the Llama's frozen blocks live: on the device, or in host memory or a scratch file, visiting it in turn."""
     optimizer: Literal["adamw", "adamw-8bit", "adamw-host"] = "adamw"
@@ -274,7 +274,11 @@ def train(cfg: Config, run: RunFolder) -> None:
     say(describe_attention(device, dtype, cfg.packing, attention))
     bind = streamed.use if streamed else None
     plain = (why_not(language) or disagreement(language, bind)) if cfg.fused else "--no-fused"
-    say(f"blocks: plain modules ({plain})" if plain else "blocks: forward and backward by hand (modules/lora_block.py)")
+    say(
+        f"blocks: plain modules ({plain})"
+        if plain
+        else "blocks: forward and backward by hand (modules/fused/lora_block.py)"
+    )
     budgets = dict(budget=cfg.activations_gib * 2**30, host_budget=cfg.activations_host_gib * 2**30)
     measures = dict(every=cfg.activations_every, **budgets, fused=not plain)
     keep_activations(language, cfg.activations, **measures, compile=cfg.compile, bind=bind)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from modules.activation_offload import ActivationOffload
-from modules.memory import storage_bytes
-from modules.weight_streaming import StreamedWeights
+from modules.memory.activation_offload import ActivationOffload
+from modules.memory.plan import storage_bytes
+from modules.memory.weight_streaming import StreamedWeights
 
 GIB = 2**30
 SPARE_BYTES = 64 * 2**20  # of a cap: what CUDA may yet load for itself

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from modules.attention import SequenceLayout, attend, padded_layout, use_attention
-from modules.memory import storage_bytes
-from modules.nf4 import dequantize_nf4, quantize_nf4_tensor
+from modules.memory.plan import storage_bytes
+from modules.quantization.nf4 import dequantize_nf4, quantize_nf4_tensor
 from recipes.benchmarks.card import seconds_per_call, synchronize
 from recipes.benchmarks.measure import Machine
 

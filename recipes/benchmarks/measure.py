@@ -20,15 +20,15 @@ from torch.nn.utils import clip_grad_norm_
 from checkpointing.pretrained import put_weight
 from models import build_model
 from models.llama import PRESETS
-from modules.activations import keep_activations
+from modules.adapters.lora import add_lora
 from modules.attention import choose_attention, padded_layout
-from modules.fused_blocks import why_not
-from modules.host_embedding import keep_embedding_on_host
-from modules.lora import add_lora
+from modules.fused.blocks import why_not
 from modules.loss import linear_cross_entropy
+from modules.memory.activations import keep_activations
+from modules.memory.host_embedding import keep_embedding_on_host
+from modules.memory.step_in_backward import step_in_backward
+from modules.memory.weight_streaming import StreamedWeights, stream_weights
 from modules.optim import build_optimizer
-from modules.step_in_backward import step_in_backward
-from modules.weight_streaming import StreamedWeights, stream_weights
 from recipes.benchmarks.card import GIB, card_gib, free_memory, host_memory, lift_limit, limit_memory, synchronize
 
 UNTIMED = 3  # first steps, in which kernels are compiled and memory is found
@@ -114,7 +114,7 @@ def random_model(row: Row, machine: Machine, seed: int = 0) -> tuple[nn.Module, 
     generator = torch.Generator(machine.device).manual_seed(seed)
     model = build_model(machine.config(row.preset)).requires_grad_(row.rank == 0)
     if row.quantize == "nf4":
-        from modules.nf4 import quantize_nf4  # torchao takes seconds to import
+        from modules.quantization.nf4 import quantize_nf4  # torchao takes seconds to import
 
         quantize_nf4(model, head=row.quantize_head)
     if row.embedding == "host":

@@ -33,8 +33,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from checkpointing.export import write_weights
 from models.llama import LlamaConfig
+from modules.adapters.lora import ALL_LINEAR
 from modules.device import pick_dtype
-from modules.lora import ALL_LINEAR
 from modules.loss import IGNORE_INDEX
 from recipes.benchmarks.card import free_memory
 from recipes.benchmarks.measure import (

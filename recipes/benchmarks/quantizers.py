@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from checkpointing.pretrained import WeightFiles, find_checkpoint, map_weights, read_config
 from checkpointing.run_record import describe_run
 from models import build_model
-from modules.memory import storage_bytes
-from modules.quantize import KINDS, linear_kind
+from modules.memory.plan import storage_bytes
+from modules.quantization.quantize import KINDS, linear_kind
 
 
 @dataclass

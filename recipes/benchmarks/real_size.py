@@ -110,7 +110,7 @@ def write_checkpoint(folder: Path, preset: str, tokenizer: Path) -> dict:
 
 def measure_loading(folder: Path) -> dict:
     """Seconds and peak anonymous host memory of loading a checkpoint to NF4 on the GPU."""
-    from modules.nf4 import quantize_nf4
+    from modules.quantization.nf4 import quantize_nf4
 
     peak, done = [0], threading.Event()
 

@@ -18,16 +18,16 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from data.batches import Batch, Batches
-from data.image_files import ImageFiles
-from data.images import load_image_processor
+from data.images.files import ImageFiles
+from data.images.load import load_image_processor
 from models import build_model
-from modules.activations import keep_activations
+from modules.adapters.lora import ALL_LINEAR
 from modules.attention import choose_attention, use_attention
-from modules.fused_blocks import why_not
-from modules.lora import ALL_LINEAR
+from modules.fused.blocks import why_not
 from modules.loss import IGNORE_INDEX, linear_cross_entropy
+from modules.memory.activations import keep_activations
+from modules.memory.weight_streaming import StreamedWeights
 from modules.optim import build_optimizer
-from modules.weight_streaming import StreamedWeights
 from recipes.benchmarks import measure, peers
 from recipes.benchmarks.card import GIB, SPARE_BYTES, fit_line, host_memory, lift_limit, limit_memory
 from recipes.benchmarks.measure import UNTIMED, WARM_UP_LENGTH, Machine, Row

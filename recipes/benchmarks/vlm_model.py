@@ -9,12 +9,12 @@ from data.dataset import TokenizedDataset
 from data.dataset_report import DatasetReport
 from models import build_model
 from models.llava import PRESETS
+from modules.adapters.lora import add_lora
+from modules.adapters.vlm_parts import name_in_language_model
 from modules.attention import padded_layout
-from modules.host_embedding import keep_embedding_on_host
-from modules.lora import add_lora
 from modules.loss import IGNORE_INDEX
-from modules.vlm_parts import name_in_language_model
-from modules.weight_streaming import StreamedWeights, stream_weights
+from modules.memory.host_embedding import keep_embedding_on_host
+from modules.memory.weight_streaming import StreamedWeights, stream_weights
 from recipes.benchmarks.measure import TINY, Machine, Row
 
 PRESET = "llava-1.5-7b"
@@ -39,7 +39,7 @@ def random_model(row: Row, machine: Machine) -> tuple[nn.Module, StreamedWeights
     model = build_model(model_config(machine)).requires_grad_(False)
     language = model.language_model
     if row.quantize == "nf4":
-        from modules.nf4 import quantize_nf4  # torchao takes seconds to import
+        from modules.quantization.nf4 import quantize_nf4  # torchao takes seconds to import
 
         quantize_nf4(model.vision_tower)
         quantize_nf4(language, head=row.quantize_head)

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from checkpointing import export
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from models import build_model
-from modules.lora import add_lora
-from modules.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4, quantize_nf4_tensor
+from modules.adapters.lora import add_lora
+from modules.quantization.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4, quantize_nf4_tensor
 from tests.tiny import make_checkpoint
 
 CPU = torch.device("cpu")

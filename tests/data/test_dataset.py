@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.chat_templates import ChatTemplate, load_chat_template
+from data.chat.templates import ChatTemplate, load_chat_template
 from data.dataset import IGNORE_INDEX, load_dataset
 from data.rows import encode_row
-from data.tokenizers import load_tokenizer
-from modules.virtual_tokens import placeholders
-from tests.data.published_templates import CHATML
+from data.tokenizers.load import load_tokenizer
+from modules.adapters.virtual_tokens import placeholders
+from tests.data.chat.published_templates import CHATML
 from tests.data.tiny_tokenizer import TinyTokenizer
 
 TOKENIZER = TinyTokenizer()

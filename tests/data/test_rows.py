@@ -3,11 +3,11 @@ import json
 
 import pytest
 
-from data.chat_templates import ChatTemplate
+from data.chat.templates import ChatTemplate
 from data.json_rows import read_rows
 from data.row_formats import Chat, Completion, Text, parse_row
 from data.rows import IGNORE_INDEX, encode_row
-from tests.data.published_templates import CHATML, LLAMA3, VICUNA
+from tests.data.chat.published_templates import CHATML, LLAMA3, VICUNA
 from tests.data.tiny_tokenizer import TinyTokenizer
 
 TOKENIZER = TinyTokenizer()

@@ -37,7 +37,7 @@ def train() -> tokenizers.Tokenizer:
 
 
 class TinyTokenizer:
-    """The interface of data.tokenizers.Tokenizer over the `tokenizers` package."""
+    """The interface of data.tokenizers.load.Tokenizer over the `tokenizers` package."""
 
     def __init__(self, bos: str | None = "<s>", eos: str | None = "</s>", adds_bos: bool = True):
         self.bos, self.eos, self.adds_bos, self.adds_eos = bos, eos, adds_bos, False

@@ -13,9 +13,9 @@ from checkpointing.export import save_model
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from models import build_model
 from models.clip_vit import PRESETS, CLIPVisionConfig, CLIPVisionModel
-from modules.activations import keep_activations
-from modules.lora import add_lora
-from modules.nf4 import NF4Linear, quantize_nf4
+from modules.adapters.lora import add_lora
+from modules.memory.activations import keep_activations
+from modules.quantization.nf4 import NF4Linear, quantize_nf4
 
 TINY = dict(
     hidden_size=32,

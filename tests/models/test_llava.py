@@ -17,14 +17,14 @@ from models import build_model
 from models.clip_vit import run_block as run_vision_block
 from models.llama import LlamaForCausalLM, run_block
 from models.llava import PRESETS, LlavaConfig
-from modules.activations import keep_activations
+from modules.adapters.lora import ALL_LINEAR, add_lora
 from modules.attention import packed_layout
-from modules.fused_blocks import disagreement, why_not
+from modules.fused.blocks import disagreement, why_not
 from modules.generation import generate
 from modules.image_tokens import place_images, put_features
-from modules.lora import ALL_LINEAR, add_lora
 from modules.loss import linear_cross_entropy
-from modules.nf4 import quantize_nf4
+from modules.memory.activations import keep_activations
+from modules.quantization.nf4 import quantize_nf4
 from tests.models.test_clip_vit import load, randomize
 
 IMAGE = 90

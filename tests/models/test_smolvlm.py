@@ -18,10 +18,10 @@ from models import build_model
 from models.clip_vit import run_block as run_vision_block
 from models.siglip_vit import position_ids
 from models.smolvlm import PRESETS, SmolVLMConfig
-from modules.activations import keep_activations
-from modules.fused_blocks import disagreement, why_not
-from modules.lora import ALL_LINEAR, add_lora
-from modules.nf4 import quantize_nf4
+from modules.adapters.lora import ALL_LINEAR, add_lora
+from modules.fused.blocks import disagreement, why_not
+from modules.memory.activations import keep_activations
+from modules.quantization.nf4 import quantize_nf4
 from tests.models import test_llava as llava
 from tests.models.test_clip_vit import load, randomize
 from tests.models.test_llava import BATCHES, IMAGE, check_logits_and_gradients, difference, loss_of, randomize_adapters

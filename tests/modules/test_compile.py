@@ -9,7 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from modules import compile, loss, pointwise
+from modules import compile, loss
+from modules.fused import pointwise
 
 
 def random(generator, *shape, columns=None):

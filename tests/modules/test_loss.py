@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modules.lora import LoRALinear
+from modules.adapters.lora import LoRALinear
 from modules.loss import linear_cross_entropy, linear_logprobs
-from modules.nf4 import NF4Linear
+from modules.quantization.nf4 import NF4Linear
 
 D, V = 16, 40
 

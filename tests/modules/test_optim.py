@@ -8,7 +8,8 @@ from torch import nn
 from transformers import get_scheduler
 
 import modules
-from modules.optim import OPTIMIZERS, StochasticRoundingAdamW, build_optimizer, learning_rate, stochastic_round
+from modules.adamw import StochasticRoundingAdamW, stochastic_round
+from modules.optim import OPTIMIZERS, build_optimizer, learning_rate
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -54,7 +55,7 @@ def test_learning_rates_that_are_none(name, lr):
 
 
 def test_a_missing_torchao_is_named(monkeypatch: pytest.MonkeyPatch):
-    for name in ("modules.optim_8bit", "modules.torchao_parts"):
+    for name in ("modules.memory.optim_8bit", "modules.quantization.torchao_parts"):
         monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.delattr(modules, name.partition(".")[2], raising=False)
     monkeypatch.setitem(sys.modules, "torchao.optim", None)

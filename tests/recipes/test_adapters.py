@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from checkpointing.adapters import read_adapter, save_adapter
-from modules.lora import lora_layers
-from modules.lora_combine import combine
-from modules.methods import METHODS, Options, add_method
-from modules.nf4 import NF4Linear
-from modules.whole_modules import train_whole_modules
-from tests.modules.every_method import batches, move
+from modules.adapters.lora import lora_layers
+from modules.adapters.lora_combine import combine
+from modules.adapters.methods import METHODS, add_method
+from modules.adapters.options import Options
+from modules.adapters.whole_modules import train_whole_modules
+from modules.quantization.nf4 import NF4Linear
+from tests.modules.adapters.every_method import batches, move
 from tests.recipes.test_merge import load, logits
 from tests.tiny import make_checkpoint, run_recipe, start_recipe
 

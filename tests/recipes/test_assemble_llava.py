@@ -17,7 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tests.data import tiny_vision
+from tests.data.images import tiny_vision
 from tests.tiny import CHATML, losses, make_checkpoint, run_recipe, write_rows
 
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)

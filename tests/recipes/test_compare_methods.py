@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.llama import PRESETS
-from modules.methods import METHODS
+from modules.adapters.methods import METHODS
 from recipes import compare_methods
 from recipes.benchmarks.compare_report import LETTER, LINE, draw, place_labels, table
 from tests.tiny import ROOT, losses, run_recipe, sums, test_data, write_rows

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing import export
 from checkpointing.adapters import read_adapter
-from data.chat_templates import TEMPLATES
-from data.tokenizers import load_tokenizer
+from data.chat.templates import TEMPLATES
+from data.tokenizers.load import load_tokenizer
 from recipes import lora_finetune, merge
 from tests.tiny import CHATML, make_checkpoint, read_metrics, run_recipe, sums, write_rows
 

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 from checkpointing.adapters import load_adapter, save_adapter
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from models import build_model
-from modules.adapter_switch import adapted_layers, base_layer
-from modules.methods import Options, add_method
-from modules.nf4 import NF4Linear, quantize_nf4
-from modules.token_rows import train_token_rows
-from modules.vocabulary import grow_vocabulary
-from modules.whole_modules import train_whole_modules
-from tests.modules.every_method import MERGEABLE, UNMERGEABLE, batches, move
+from modules.adapters.methods import add_method
+from modules.adapters.options import Options
+from modules.adapters.switch import adapted_layers, base_layer
+from modules.adapters.token_rows import train_token_rows
+from modules.adapters.vocabulary import grow_vocabulary
+from modules.adapters.whole_modules import train_whole_modules
+from modules.quantization.nf4 import NF4Linear, quantize_nf4
+from tests.modules.adapters.every_method import MERGEABLE, UNMERGEABLE, batches, move
 from tests.tiny import make_checkpoint, run_recipe
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.tokenizers import load_tokenizer
-from modules.methods import METHODS, read_by
+from data.tokenizers.load import load_tokenizer
+from modules.adapters.methods import METHODS, read_by
 from tests.tiny import losses, make_checkpoint, read_metrics, run_recipe, sums, write_rows
 
 RATES = {"ia3": 3e-2, "bitfit": 3e-2, "ln": 3e-2, "vera": 3e-2, "prompt": 3e-2, "prefix": 3e-2}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from checkpointing.run_folder import RunFolder
-from data.tokenizers import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from models import build_model
 from recipes import quickstart, quickstart_base
 from tests.tiny import ROOT, losses

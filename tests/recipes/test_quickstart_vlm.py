@@ -15,7 +15,7 @@ from PIL import Image, ImageColor
 from transformers import LlavaForConditionalGeneration
 
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
-from data.tokenizers import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from models import build_model
 from modules.attention import padded_layout
 from modules.image_tokens import place_images

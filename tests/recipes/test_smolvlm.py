@@ -14,12 +14,12 @@ from transformers import SmolVLMForConditionalGeneration as HFSmolVLM
 from checkpointing.adapters import load_adapter
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from data.batches import Batches
-from data.chat_contents import as_parts
+from data.chat.contents import as_parts
 from data.dataset import load_dataset
 from data.json_rows import read_rows
 from data.row_formats import parse_row
 from models import build_model
-from tests.data import tiny_tiles
+from tests.data.images import tiny_tiles
 from tests.models.test_smolvlm import nested
 from tests.recipes.test_vlm import rows, train
 from tests.tiny import losses, read_metrics, run_recipe, write_rows

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from data.batches import Batches
 from data.dataset import load_dataset
-from data.tokenizers import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from models import build_model
 from modules.loss import linear_logprobs
 from recipes import full_finetune, lora_finetune, merge

@@ -18,7 +18,7 @@ from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from data.batches import Batches
 from data.dataset import load_dataset
 from models import build_model
-from tests.data import tiny_vision
+from tests.data.images import tiny_vision
 from tests.tiny import losses, read_metrics, run_recipe, start_recipe, write_rows
 
 TOKENS = tiny_vision.TOKENS

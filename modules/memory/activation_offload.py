@@ -1,0 +1,151 @@
+"""Activations that wait for their backward in host memory.
+
+A block's input is needed twice, in forward and a whole pass later in backward. In between it can leave the card: 8 KB
+per token and block of an 8B Llama (2.1 GB for 8,192 tokens and its 32 blocks) travel on a side stream while the next
+blocks compute, and come back one block ahead of their use. Moving a block's input takes a hundredth of computing the
+block, so the transfer hides; what was put last is needed first and stays on the card until the next one is put.
+
+With the input, tensors can travel that an autograd graph holds on to, such as what attention saved for its backward.
+These stay where they are, and so does the graph; it is their memory that is given back, and filled again in time.
+
+Host memory is page-locked once and used again in pieces. All copies run on one stream, in the order in which they were
+asked for, so a piece can be given to the next tensor as soon as its copy back is under way.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.autograd.graph import saved_tensors_hooks
+
+from modules.memory.host_memory import pinned_empty
+
+PIECE = 16 * 2**20  # bytes; smaller ones cost the host more calls
+PIECES_AT_A_TIME = 16
+
+
+class Offloaded:
+    """A tensor on its way to host memory, there, or on its way back. Made by `ActivationOffload.put`."""
+
+    def __init__(self, tensor: Tensor, held: list[UntypedStorage], spare: list[Tensor]):
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.resident: Tensor | None = tensor  # on the card
+        self.held = held  # memory of others that leaves and comes back with it
+        self.sizes = [storage.nbytes() for storage in held]
+        self.pieces: list[Tensor] = []  # in host memory
+        self.spare = spare  # where those go afterwards
+        self.copied: torch.cuda.Event | None = None  # the last copy, out or in
+
+    def parts(self) -> Iterator[Tensor]:
+        """All that travels, on the card, as flat bytes of at most one piece each."""
+        yield from self.resident.view(-1).view(torch.uint8).split(PIECE)
+        for storage in self.held:
+            yield from torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage).split(PIECE)
+
+    def leave(self) -> None:
+        self.resident = None
+        # The trick: autograd's graph goes on referring to tensors whose storage is empty now. That is safe because
+        # `make_room` and a copy fill it again before backward reads them.
+        for storage in self.held:
+            storage.resize_(0)
+
+    def make_room(self) -> None:
+        self.resident = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for storage, size in zip(self.held, self.sizes, strict=True):
+            storage.resize_(size)
+
+    def __del__(self):  # dropped unused: nobody else may have its memory on the card while a copy is under way
+        if self.resident is not None and self.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+        self.spare += self.pieces
+
+
+class ActivationOffload:
+    """Takes tensors in the order of forward, gives them back in the order of backward, the last one first.
+
+    `host_bytes`: page-locked so far. On a CPU everything stays where it is.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.host_bytes = device, 0
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.spare: list[Tensor] = []
+        self.waiting: list[weakref.ref[Offloaded]] = []  # those put and not yet got; a dropped graph drops its own
+
+    def put(self, tensor: Tensor, held: Iterable[Tensor] = ()) -> Offloaded:
+        """Start the tensor's way out, and that of the memory behind `held`, tensors that nobody reads until `get`.
+
+        None of them may be changed afterwards. They leave with the next `put`.
+        """
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held}
+        item = Offloaded(tensor.detach().contiguous(), list(storages.values()), self.spare)
+        if self.side is not None:
+            if last := self._last():
+                self._leave(last)
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.side):
+                for part in item.parts():
+                    piece = self._piece()
+                    piece[: part.numel()].copy_(part, non_blocking=True)
+                    item.pieces.append(piece)
+                item.copied = self.side.record_event()
+        self.waiting.append(weakref.ref(item))
+        return item
+
+    def get(self, item: Offloaded) -> Tensor:
+        """The tensor, on the card; starts the way back of the one put before it. Each can be got once."""
+        if item.resident is None and not item.pieces:
+            fix = "retain_graph needs --activations lean"
+            raise RuntimeError(f"an offloaded activation is kept for one backward only: {fix}")
+        self._bring_back(item)
+        if item.copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(item.copied)
+        tensor, item.resident, item.held = item.resident, None, []
+        self.waiting = [ref for ref in self.waiting if ref() not in (None, item)]
+        if before := self._last():
+            self._bring_back(before)
+        return tensor
+
+    def _piece(self) -> Tensor:
+        if not self.spare:
+            fresh = pinned_empty(PIECES_AT_A_TIME * PIECE, dtype=torch.uint8, device=self.device)
+            self.host_bytes += fresh.nbytes
+            self.spare += fresh.split(PIECE)
+        return self.spare.pop()
+
+    def _last(self) -> Offloaded | None:
+        while self.waiting and self.waiting[-1]() is None:
+            self.waiting.pop()
+        return self.waiting[-1]() if self.waiting else None
+
+    def _leave(self, item: Offloaded) -> None:
+        """Give the card's memory back. The copy out began a block ago: what is queued next waits for nothing."""
+        if item.resident is not None:
+            torch.cuda.current_stream(self.device).wait_event(item.copied)
+            item.leave()
+
+    def _bring_back(self, item: Offloaded) -> None:
+        if item.resident is None:
+            item.make_room()
+            self.side.wait_stream(torch.cuda.current_stream(self.device))  # its memory may just have been in use
+            with torch.cuda.stream(self.side):
+                for part, piece in zip(item.parts(), item.pieces, strict=True):
+                    part.copy_(piece[: part.numel()], non_blocking=True)
+                item.copied = self.side.record_event()
+        self.spare += item.pieces
+        item.pieces = []
+
+
+@contextmanager
+def saved_for_backward() -> Iterator[list[Tensor]]:
+    """Collects what autograd keeps of the operations inside."""
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.detach())  # a graph that held its own output would hold itself, for ever
+        return saved[-1]
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
