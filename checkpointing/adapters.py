@@ -1,6 +1,6 @@
-"""Adapters in PEFT's format, both ways: adapter_config.json and adapter_model.safetensors.
+"""Reading and writing adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-What stands in them is each method's own (`export` and `load`, see modules/adapters/methods/); here are the files.
+Each method says what they hold (`export` and `load`, see modules/adapters/methods/).
 """
 
 import json
@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from checkpointing.pretrained import read_json
-from checkpointing.safetensors_file import specs_of, write_safetensors
+from checkpointing.safetensors_file import open_safetensors, specs_of, write_safetensors
 from modules.adapters import token_rows, whole_modules
 from modules.adapters.lora_peft import read_layers
 from modules.adapters.methods import find_method, method_of
@@ -22,16 +21,15 @@ from modules.adapters.vocabulary import fit_vocabulary
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save_adapter(folder: Path, model: nn.Module, *, base: str, chat_template: str | None = None) -> None:
-    """Write what the model's method (`model.method`, LoRA if it has none) trained.
-
-    Where PEFT has the method, `peft.PeftModel.from_pretrained` opens the folder over `base`.
-    """
+def save_adapter(
+    folder: Path, model: nn.Module, *, base: str, chat_template: str | None = None, task_type: str = "CAUSAL_LM"
+) -> None:
+    """Write what the model's method (`model.method`, LoRA if it has none) trained, over `base`."""
     fields, tensors = find_method(getattr(model, "method", "lora")).export(model)
-    for beside in (whole_modules, token_rows):
-        more_fields, more_tensors = beside.export(model)
+    for extra in (whole_modules, token_rows):
+        more_fields, more_tensors = extra.export(model)
         fields, tensors = fields | more_fields, tensors | more_tensors
-    write_adapter(folder, fields, tensors, base=base)
+    write_adapter(folder, fields | {"task_type": task_type}, tensors, base=base)
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
@@ -56,13 +54,13 @@ def load_adapter(
     with _explained(folder):
         method = method or method_of(config)
         indices = token_rows.find_saved(config)
-        beside = fit_vocabulary(model, tensors, rows=1 + max((i for ids in indices.values() for i in ids), default=-1))
-        whole = whole_modules.find_saved(model, config)
-        beside |= {key for keys in whole.values() for key in keys}
+        others = fit_vocabulary(model, tensors, rows=1 + max((i for ids in indices.values() for i in ids), default=-1))
+        whole = whole_modules.find_saved(model, config, tensors)
+        others |= {key for keys in whole.values() for key in keys}
         # Of a resized vocabulary peft saves the same matrices a second and third time.
         copies = (token_rows.KEY, ".modules_to_save.weight", ".original_module.weight")
-        beside |= {key for key in tensors if key.endswith(copies)}
-        own = {key: tensor for key, tensor in tensors.items() if key not in beside}
+        others |= {key for key in tensors if key.endswith(copies)}
+        own = {key: tensor for key, tensor in tensors.items() if key not in others}
         plain = config | {"modules_to_save": None, "trainable_token_indices": None}
         names = find_method(method).load(model, plain, own, dtype)
         names += whole_modules.load(model, whole, tensors)
@@ -81,7 +79,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
 
 
 def count_virtual_tokens(folder: Path | None) -> int:
-    """Virtual tokens that rows begin with for this adapter (virtual_tokens.py); 0 for most, and for none."""
+    """Virtual tokens that rows begin with for this adapter (virtual_tokens.py); 0 without an adapter."""
     return read_folder(folder)[0].get("num_virtual_tokens", 0) if folder else 0
 
 
@@ -94,11 +92,8 @@ def read_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         hint = f"; did you mean {folder / 'adapter'}?" if (folder / "adapter" / CONFIG).is_file() else ""
         raise ValueError(f"--adapter {folder} holds no {CONFIG}{hint}")
     config = read_json(folder / CONFIG)
-    try:
-        with safe_open(folder / TENSORS, framework="pt") as file:
-            return config, {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / TENSORS} is missing or damaged: {error}") from None
+    with open_safetensors(folder / TENSORS) as file:
+        return config, {key: file.get_tensor(key) for key in file.keys()}
 
 
 @contextmanager

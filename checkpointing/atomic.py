@@ -1,9 +1,8 @@
-"""Files and folders that are either complete or not there, whenever the process is killed or the power fails.
+"""Files and folders that appear complete or not at all, whenever the process is killed or the power fails.
 
-What is written goes to a hidden sibling, `.NAME.partial`, is brought to disk (fsync) and renamed into place: renaming
-is the one step that a file system does entirely or not at all. A folder cannot be renamed over a full one, so the
-earlier folder steps aside first, to `.NAME.old`. Two rules make every leftover of a kill readable:
-`.partial` is rubbish, and `.old` is a complete folder, to be put back if there is none under its name.
+Everything is written to a hidden sibling, `.NAME.partial`, brought to disk (fsync) and renamed into place, which is
+atomic. A folder cannot be renamed over a full one, so the earlier folder is first renamed to `.NAME.old`. What a kill
+leaves is easy to tell apart: `.partial` can be deleted, `.old` is complete and goes back if nothing has its name.
 """
 
 import errno
@@ -16,10 +15,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Write into the folder this yields; it becomes `path` when the block ends, and vanishes if the block fails.
-
-    A folder that is at `path` already stays until then and is replaced whole.
-    """
+    """Write into the folder this yields. It replaces `path` when the block ends, and is deleted if the block fails."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; expected a folder or nothing there: move it away")
@@ -29,8 +25,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     discard(partial)
     try:
         partial.mkdir()
-        yield partial
-        _sync_tree(partial)
+        with name_the_file(path):
+            yield partial
+            _sync_tree(partial)
         if path.exists():
             os.rename(path, old)
         os.rename(partial, path)
@@ -43,28 +40,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def restore_folder(path: Path) -> None:
-    """Settle what a kill between two renames left: an earlier folder goes back if its successor did not arrive."""
-    old = _old(path)
-    if not os.path.lexists(old):
-        return
-    if os.path.lexists(path):
-        # Only whole folders are called .old, and a kill in the middle of deleting leaves a part of one.
-        discard(_partial(path))
-        os.rename(old, _partial(path))
-        discard(_partial(path))
-    else:
-        os.rename(old, path)
+    """After a kill between two renames: put the earlier folder back, or delete it if its successor is there."""
+    if os.path.lexists(_old(path)):
+        if os.path.lexists(path):
+            remove_folder(_old(path), _partial(path))
+        else:
+            os.rename(_old(path), path)
 
 
-def remove_folder(path: Path) -> None:
-    """Delete a folder so that a kill in the middle leaves no half of it under its name."""
-    discard(_partial(path))
-    os.rename(path, _partial(path))
-    discard(_partial(path))
+def remove_folder(path: Path, partial: Path | None = None) -> None:
+    """Delete a folder so that a kill in the middle leaves no incomplete one under its name."""
+    partial = partial or _partial(path)
+    discard(partial)
+    os.rename(path, partial)
+    discard(partial)
 
 
 def discard(path: Path) -> None:
-    """Delete whatever is there; of a link, only the link. What cannot be deleted is tried again next time."""
+    """Delete a file, a folder, or a link (not its target). A folder that cannot be deleted is left for next time."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -76,7 +69,7 @@ def atomic_write_text(path: Path, text: str) -> None:
     path = Path(path)
     partial = _partial(path)
     try:
-        with open(partial, "w", encoding="utf-8", newline="") as file:
+        with name_the_file(path), open(partial, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -87,6 +80,17 @@ def atomic_write_text(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
+@contextmanager
+def name_the_file(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as on a full disk, gets `path` as its file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.strerror:
+            error.filename = str(path)
+        raise
+
+
 def check_vacant(path: Path) -> None:
     """A result is not overwritten: ValueError for a folder that holds something, and for a file."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -94,9 +98,9 @@ def check_vacant(path: Path) -> None:
 
 
 def claim_folder(path: Path, owner: str, contents: Iterable[str]) -> None:
-    """Make a folder that a recipe fills with others; of an earlier one of its own, `contents` are deleted.
+    """Make a folder that a recipe fills with others; `contents` of an earlier one of its own are deleted.
 
-    What is in it says so itself, in a file. ValueError for a folder that holds anything else: nothing of it is touched.
+    A file in the folder names its owner. Raises ValueError, and touches nothing, if the folder holds anything else.
     """
     mark = path / "made_by.txt"
     if not (mark.is_file() and mark.read_text(encoding="utf-8") == f"{owner}\n"):
@@ -132,6 +136,8 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows can sync neither a folder nor a file that is opened for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

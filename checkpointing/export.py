@@ -19,20 +19,18 @@ SHARD_BYTES = 5 * 10**9
 
 
 def save_model(folder: Path, model: nn.Module, *, config: dict, source: Path, chat_template: str | None = None) -> None:
-    """Write a model as a Hugging Face folder, its parameters called as in the checkpoint that it was loaded from.
+    """Write a model as a Hugging Face folder, with the parameter names of the checkpoint that it was loaded from.
 
     A tied head is written once, unless it or the embedding has an adapter: then they differ, and config.json says so.
-    Write into an `atomic_folder`.
     """
-    layout = model.layouts[0] if model.layout is None else model.layout
-    weights = WeightFiles(source) if model.layout is not None else None
-    plain = plain_parameters(model, None if weights is None else lambda name: weights.read(on_disk(name, layout)))
-    if "lm_head.weight" in plain and any(
-        part.get("tie_word_embeddings") for part in (config, config.get("text_config", {}))
-    ):
+    prefixes = model.names_on_disk[0] if model.names_read is None else model.names_read
+    weights = WeightFiles(source) if model.names_read is not None else None
+    plain = plain_parameters(model, None if weights is None else lambda name: weights.read(on_disk(name, prefixes)))
+    tied = any(part.get("tie_word_embeddings") for part in (config, config.get("text_config", {})))
+    if tied and "lm_head.weight" in plain:
         config = changed(config, tie_word_embeddings=False)
-    specs = [(on_disk(name, layout), tuple(like.shape), like.dtype) for name, (like, _) in plain.items()]
-    reads = {on_disk(name, layout): read for name, (_, read) in plain.items()}
+    specs = [(on_disk(name, prefixes), tuple(like.shape), like.dtype) for name, (like, _) in plain.items()]
+    reads = {on_disk(name, prefixes): read for name, (_, read) in plain.items()}
     if model.unread and weights is not None:  # the half that was not loaded goes along as it was
         rest = {name: weights.read(name) for name in weights.names() if matches(name, model.unread)}
         specs += specs_of(rest)
@@ -46,11 +44,11 @@ def plain_parameters(
 ) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
     """Each parameter that the model would have without adapters and quantisation: one like it, and how to make it.
 
-    Adapters are merged into what they were trained on. Quantised weights without one are frozen: `original(name)` reads
-    them where they came from; without it they are what they were rounded to. One at a time, when asked for. Second
-    names of tied ones are left out, unless an adapter makes them differ.
+    Adapters are merged. Other quantised weights are frozen: `original(name)` reads them from the checkpoint; without it
+    they are dequantised. Second names of tied ones are left out, unless an adapter makes them differ.
     """
     layers = dict(model.named_modules())
+    adapted = [f"{path}." for path, layer in layers.items() if hasattr(layer, "merged")]
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     plain = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -59,7 +57,7 @@ def plain_parameters(
         if name != first[id(parameter)] and not (hasattr(layer, "merged") or hasattr(owner, "merged")):
             continue
         own = hasattr(layer, "merged") and leaf not in ("weight", "bias")
-        if own or any(hasattr(layers[above], "merged") for above in _above(path)):
+        if own or path.startswith(tuple(adapted)):
             continue  # an adapter's own
         if hasattr(layer, "merged") and leaf == "weight":
             plain[name] = parameter, (lambda layer=layer: layer.merged().weight)
@@ -73,18 +71,13 @@ def plain_parameters(
 
 
 def changed(config: dict, **values) -> dict:
-    """config.json with other values, of a vision-language model in its language model's part, too."""
+    """config.json with other values; in a vision-language model's, also for the language model."""
     inner = {"text_config": config["text_config"] | values} if "text_config" in config else {}
     return config | values | inner
 
 
-def _above(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
 def write_weights(folder: Path, specs: Iterable[Spec], read: Callable[[str], Tensor]) -> None:
-    """Write `read(name)` for every spec; what does not fit into 5 GB goes into several files with an index."""
+    """Write `read(name)` for every spec, in files of up to 5 GB; more than one file gets an index."""
     shards: list[list[Spec]] = [[]]
     room = SHARD_BYTES
     for spec in specs:
@@ -109,10 +102,7 @@ def write_weights(folder: Path, specs: Iterable[Spec], read: Callable[[str], Ten
 def write_companions(
     folder: Path, config: dict, source: Path, *, dtype: torch.dtype, chat_template: str | None = None
 ) -> None:
-    """config.json, with the weights' dtype, and the source's generation config, tokenizer and template files.
-
-    `chat_template`, if given, takes the place of the source's own: it is the one that was trained with.
-    """
+    """config.json, with the weights' dtype, and the source's COMPANIONS, with `chat_template` if it is given."""
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config = config | {key: str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -124,7 +114,7 @@ def write_companions(
 
 
 def check_export(folder: Path, tensor_bytes: int) -> None:
-    """Fail now rather than after the training: `folder`'s disk must take the result. Raises ValueError."""
+    """Raise ValueError if `folder`'s disk has no room for the result: now rather than after the training."""
     free = shutil.disk_usage(folder).free
     if free < 1.1 * tensor_bytes:
         raise ValueError(

@@ -1,27 +1,28 @@
-"""The loss curve as an SVG file, drawn by hand: it opens in every browser and needs no package."""
+"""The loss curve as an SVG file, which opens in every browser; no package is needed."""
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 
 from checkpointing.atomic import atomic_write_text
 
 WIDTH, HEIGHT = 800, 450
 LEFT, RIGHT, TOP, BOTTOM = 68, 766, 62, 398  # the plot's rectangle; SVG's y points down
-TRAIN, EVAL, INK, QUIET = "#3b6fd4", "#e0702c", "#1f2733", "#6b7686"
+TRAIN, INK, QUIET = "#3b6fd4", "#1f2733", "#6b7686"
+OTHERS = ("#e0702c", "#2f9e6b", "#9a5bc4", "#c2374e", "#8a6d1f")  # of further curves, in turn
+NAMES = {"loss": "training", "eval_loss": "evaluation"}
 MAX_POINTS = 1200  # of the light line: more is not seen, and the file stays small
 Points = list[tuple[float, float]]
 
 
 def draw_loss_curve(rows: list[dict], path: Path, title: str | None = None) -> None:
-    """Draw rows with `step` and `loss` as a line (light, and smoothed), rows with `eval_loss` as joined dots.
-
-    Values that are not finite are left out. The picture brings its own background, for light pages and dark ones.
-    """
-    train, evaluation = _points(rows, "loss"), _points(rows, "eval_loss")
-    everything = train + evaluation
+    """Draw `loss` as a line (light, and smoothed) and every other column whose name contains "loss" as joined dots."""
+    names = dict.fromkeys(name for row in rows for name in row if "loss" in name and name != "loss")
+    train, others = _points(rows, "loss"), {name: points for name in names if (points := _points(rows, name))}
+    everything = sum(others.values(), train)
     steps, losses = zip(*everything, strict=True) if everything else ((0.0, 1.0), (0.0, 1.0))
     first, last = (min(steps), max(steps)) if min(steps) < max(steps) else (steps[0] - 1, steps[0] + 1)
     x_ticks, y_ticks = ticks([first, last], 8, whole=True), ticks(losses, 6)
@@ -41,12 +42,7 @@ def draw_loss_curve(rows: list[dict], path: Path, title: str | None = None) -> N
         return [f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" {style}/>' for x, y in points]
 
     centered = f'fill="{QUIET}" text-anchor="middle"'
-    picture = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="13">',
-        f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10" fill="#fff" stroke="#d9dee6"/>',
-        text(LEFT, 36, (title or "Loss")[:48], f'fill="{INK}" font-size="17" font-weight="600"'),
-    ]
+    picture = []
     for y in y_ticks:
         picture.append(f'<path d="M{LEFT} {y_of(y):.1f}H{RIGHT}" stroke="#e8ebf0"/>')
         picture.append(text(LEFT - 10, y_of(y) + 4.5, _label(y, y_ticks), f'fill="{QUIET}" text-anchor="end"'))
@@ -62,20 +58,26 @@ def draw_loss_curve(rows: list[dict], path: Path, title: str | None = None) -> N
         picture.append(line(_thin(train), f'stroke="{TRAIN}" stroke-width="1" stroke-opacity="0.35"'))
     picture.append(line(_thin(smooth), f'stroke="{TRAIN}" stroke-width="2.2"'))
     picture += dots(train if len(train) == 1 else [], TRAIN)
-    picture.append(line(evaluation, f'stroke="{EVAL}" stroke-width="1.8"'))
-    picture += dots(evaluation if len(evaluation) <= 60 else evaluation[-1:], EVAL)
+    curves = [("loss", smooth, TRAIN)]
+    for (name, points), color in zip(others.items(), cycle(OTHERS), strict=False):
+        picture.append(line(_thin(points), f'stroke="{color}" stroke-width="1.8"'))
+        picture += dots(points if len(points) <= 60 else points[-1:], color)
+        curves.append((name, points, color))
     legend = []
-    for name, points, color in (("training", smooth, TRAIN), ("evaluation", evaluation, EVAL)):
+    for name, points, color in curves:
         for _, value in points[-1:]:
             number = f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
-            legend.append(f'<tspan fill="{color}">●</tspan>&#160;{name}&#160;{number}')
+            legend.append(f'<tspan fill="{color}">●</tspan>&#160;{escape(NAMES.get(name, name))}&#160;{number}')
     words = "&#160;&#160;&#160; ".join(legend) or "no finite loss yet"
     picture.append(f'<text x="{RIGHT}" y="36" fill="{INK}" text-anchor="end">{words}</text>')
-    atomic_write_text(path, "\n".join([*picture, "</svg>", ""]))
+    atomic_write_text(path, svg(WIDTH, HEIGHT, 13, LEFT, (title or "Loss")[:48], picture))
 
 
 def _points(rows: list[dict], name: str) -> Points:
-    points = [(float(row["step"]), float(row[name])) for row in rows if None not in (row.get("step"), row.get(name))]
+    points = []
+    for row in rows:
+        with suppress(KeyError, TypeError, ValueError):  # no such column here, null, or text
+            points.append((float(row["step"]), float(row[name])))
     return sorted(point for point in points if all(map(math.isfinite, point)))
 
 
@@ -92,7 +94,7 @@ def _smooth(points: Points) -> Points:
 
 
 def _thin(points: Points) -> Points:
-    """At most about MAX_POINTS points: the lowest and the highest of every stretch, so that no spike is lost."""
+    """About MAX_POINTS points at most: the lowest and the highest of every stretch, so that no spike is lost."""
     size = 2 * math.ceil(len(points) / MAX_POINTS)
     if size <= 2:
         return points
@@ -118,3 +120,14 @@ def _label(value: float, ticks: list[float]) -> str:
 
 def text(x: float, y: float, words: str, style: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(words)}</text>'
+
+
+def svg(width: int, height: int, font_size: int, left: int, title: str, parts: list[str]) -> str:
+    """The file: a white card with a title at `left`, and these parts."""
+    begin = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="{font_size}">',
+        f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="10" fill="#fff" stroke="#d9dee6"/>',
+        text(left, 36, title, f'fill="{INK}" font-size="17" font-weight="600"'),
+    ]
+    return "\n".join([*begin, *parts, "</svg>", ""])

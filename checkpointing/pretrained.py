@@ -1,31 +1,30 @@
 """Pretrained weights in: from a local folder or the Hugging Face Hub, tensor by tensor, onto the device.
 
 The model is built on the meta device, so it has shapes but no memory. Each tensor is then read from a memory-mapped
-safetensors file, cast, quantised where the layer wants that, and put in its place: the host never holds more than one
-tensor, the device never holds a dense copy of a quantised model.
+safetensors file, cast, quantised if its layer is, and placed: the host never holds more than one tensor, the device
+never holds a dense copy of a quantised model. Only safetensors and JSON are read; a checkpoint never runs code.
 
-Parameter names are those that transformers has in memory. Some folders call them otherwise: a model's `layouts` lists
-the ways, each a table of prefixes, ours → theirs. The folder's own way is found by its names and remembered
-(`model.layout`), so that saving writes the names that were read. A model's `unread` names what it leaves out.
-
-Only safetensors and JSON are read; a checkpoint never runs code.
+Parameter names are those that transformers has in memory. Some folders have others: a model's `names_on_disk` lists
+tables of prefixes, ours → theirs. The one that fits a folder is kept in `model.names_read`, so that saving writes the
+names that were read. A model's `unread` names what it leaves out.
 """
 
 import fnmatch
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpointing.safetensors_file import open_safetensors
+from data import json_rows
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Everything that makes a folder a checkpoint, the weights aside; `write_companions` carries it along on export.
+# All other files of a checkpoint; `write_companions` copies them on export.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -42,14 +41,16 @@ COMPANIONS = (
 )
 # Buffers that old exports saved and that follow from the config.
 IGNORED = ("*.rotary_emb.inv_freq", "*.position_ids")
+MAPPED_BYTES = 256 * 2**20  # read through a mapping, then it is closed: until then they count as memory in use
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """A local folder as it is; anything else is a Hub id, downloaded (resumably, with progress) to the Hub's cache.
-
-    `ORG/NAME@REVISION` names a revision. Raises ValueError when neither exists.
-    """
+    """A local folder, or the Hub's cache of a Hub id (ORG/NAME or ORG/NAME@REVISION). ValueError for neither."""
     folder = Path(name).expanduser()
+    if folder.suffix == ".gguf" or (folder.is_dir() and not any(folder.glob("*.json")) and any(folder.glob("*.gguf"))):
+        convert = "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(OUT)"
+        fix = f"convert it with transformers: {convert}, and the tokenizer likewise with AutoTokenizer"
+        raise ValueError(f"--model {name} is a GGUF file; expected a Hugging Face folder: {fix}")
     if folder.is_dir():
         return folder
     repo, _, revision = str(name).partition("@")
@@ -64,7 +65,7 @@ def find_checkpoint(name: str | Path) -> Path:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"--model {name} is no local folder and could not be had from the Hub: {reason}") from None
+        raise ValueError(f"--model {name} is no local folder, and the Hub did not provide it: {reason}") from None
 
 
 def read_config(folder: Path) -> dict:
@@ -85,15 +86,9 @@ def read_config(folder: Path) -> dict:
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; ValueError naming the file if it is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {path.parent} is not a complete checkpoint folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {path.parent} is not a complete checkpoint folder")
+    return json_rows.read_json(path)
 
 
 class WeightFiles:
@@ -103,8 +98,9 @@ class WeightFiles:
         self.folder = Path(folder)
         self.files: dict[str, Path] = {}  # tensor name -> file
         self._mapped: tuple[Path | None, Any] = (None, None)  # one file at a time
+        self._mapped_bytes = 0  # read through it
         for file in self._shards():
-            for name in self._open(file).keys():
+            for name in open_safetensors(file).keys():
                 self.files[name] = file
 
     def _shards(self) -> list[Path]:
@@ -120,12 +116,6 @@ class WeightFiles:
             hint = "; it holds pickled weights, which are not read: save them as safetensors first"
         raise ValueError(f"{self.folder} holds no {WEIGHTS} and no {INDEX}{hint}")
 
-    def _open(self, file: Path):
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or truncated ({error}); download it again") from None
-
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
@@ -138,11 +128,18 @@ class WeightFiles:
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU, memory-mapped."""
-        return self._handle(name).get_tensor(name)
+        tensor = self._handle(name).get_tensor(name)
+        self._mapped_bytes += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        """Give back the memory of tensors that are not used any more; the next read opens the file again."""
+        self._mapped, self._mapped_bytes = (None, None), 0
 
     def _handle(self, name: str):
-        if self._mapped[0] != self.files[name]:
-            self._mapped = (self.files[name], self._open(self.files[name]))
+        if self._mapped[0] != self.files[name] or self._mapped_bytes > MAPPED_BYTES:
+            self.close()
+            self._mapped = (self.files[name], open_safetensors(self.files[name]))
         return self._mapped[1]
 
     def fingerprint(self) -> str:
@@ -171,13 +168,13 @@ def load_weights(
     """Fill a model built on the meta device, one tensor at a time, each cast to `dtype` and placed on `device`.
 
     Strict: see `check_names`. Layers with a `pack_weight` method (NF4Linear) store what it returns. `placed(name)` is
-    called after each tensor, block after block: streamed weights leave for the host there (`StreamedWeights.take`).
+    called after each tensor, in the model's order (`StreamedWeights.take`).
     """
-    model.layout = check_names(model, weights)
+    model.names_read = check_names(model, weights)
     # In the model's order, not the files': one block is complete before the next one begins.
     names = [name for name, _ in model.named_parameters()]  # a tied head is filled through the embedding
     for name in tqdm(names, desc="loading", unit="tensor", leave=False, delay=1.0):
-        source = on_disk(name, model.layout)
+        source = on_disk(name, model.names_read)
         tensor = weights.read(source)
         if not tensor.is_floating_point():
             raise ValueError(f"{weights.files[source]}: {source} has dtype {tensor.dtype}, expected floating point")
@@ -185,43 +182,40 @@ def load_weights(
         if placed is not None:
             placed(name)
     model.tie_weights()
+    weights.close()
 
 
 def map_weights(model: nn.Module, weights: WeightFiles) -> None:
-    """Fill a model built on the meta device with the files' tensors, in their own dtype and memory-mapped: what is not
-    used is not read, and what is read can be dropped again. For who takes the model's weights one by one. Strict."""
-    model.layout = check_names(model, weights)
+    """Fill a model on the meta device with the files' tensors, memory-mapped and in their own dtype. Strict.
+
+    For code that takes the weights one by one: what is not used is not read.
+    """
+    model.names_read = check_names(model, weights)
     for name, _ in list(model.named_parameters()):
         path, _, leaf = name.rpartition(".")
-        tensor = weights.read(on_disk(name, model.layout))
+        tensor = weights.read(on_disk(name, model.names_read))
         setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
 
 
-def on_disk(name: str, layout: dict[str, str]) -> str:
-    """A parameter's name in files of this layout."""
-    for ours, theirs in layout.items():
+def on_disk(name: str, prefixes: dict[str, str]) -> str:
+    """A parameter's name in files that call our prefixes so."""
+    for ours, theirs in prefixes.items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     return name
 
 
-def find_layout(model: nn.Module, weights: WeightFiles) -> dict[str, str]:
-    """The one of the model's layouts in which the files hold most of its parameters."""
-    names = [name for name, _ in model.named_parameters()]
-    return max(model.layouts, key=lambda layout: sum(on_disk(name, layout) in weights for name in names))
-
-
 def check_names(model: nn.Module, weights: WeightFiles) -> dict[str, str]:
-    """Compare a checkpoint with a model; every name missing, unused or of another shape stands in one ValueError.
+    """Compare a checkpoint with a model; one ValueError lists every name missing, unused or of another shape.
 
-    Returns the checkpoint's layout. The second name of a tied parameter is optional on disk.
+    Returns which of `names_on_disk` fits. The second name of a tied parameter is optional on disk.
     """
-    layout = find_layout(model, weights)
+    names = [name for name, _ in model.named_parameters()]
+    prefixes = max(model.names_on_disk, key=lambda prefixes: sum(on_disk(name, prefixes) in weights for name in names))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    expected = {on_disk(name, layout): shape for name, shape in shapes.items()}
-    required = [on_disk(name, layout) for name, _ in model.named_parameters()]
-    missing = [name for name in required if name not in weights]
+    expected = {on_disk(name, prefixes): shape for name, shape in shapes.items()}
+    missing = [there for name in names if (there := on_disk(name, prefixes)) not in weights]
     unused = [name for name in weights.names() if name not in expected and not matches(name, IGNORED + model.unread)]
     misshaped = [
         f"{name}: {weights.shape(name)}, expected {shape}"
@@ -232,7 +226,7 @@ def check_names(model: nn.Module, weights: WeightFiles) -> dict[str, str]:
         parts = [("missing", missing), ("not used by this model", unused), ("of another shape", misshaped)]
         listed = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in parts if names)
         raise ValueError(f"the weights in {weights.folder} do not fit its config.json: {listed}")
-    return layout
+    return prefixes
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

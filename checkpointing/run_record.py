@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
@@ -16,23 +17,26 @@ from typing import Any
 
 import torch
 
-HOW_LONG = ("max_steps", "epochs")
-# Settings that a resumed run may change: they say where, how long and how closely watched, not what is computed.
-WATCHING = ("save_every", "keep_last", "eval_every", "eval_data", "tensorboard", "wandb")
-# Where things are kept: a run that died of memory must be able to go on with less (equal up to rounding).
+from checkpointing.atomic import atomic_write_text
+from checkpointing.errors import say
+
+# Settings that a resumed run may change: they do not change what is computed, only for how long and what is observed.
+LENGTH = ("max_steps", "epochs")
+OBSERVATION = ("save_every", "keep_last", "eval_every", "eval_data", "tensorboard", "wandb")
+# Memory options: a run that ran out of memory must be able to go on with less (equal up to rounding).
 MEMORY = ("activations", "activations_every", "activations_gib", "weights", "embedding")
-# The same files under another path are the same: their fingerprints are compared.
-MAY_CHANGE = ("output", "resume", "device", "model", "data", *HOW_LONG, *WATCHING, *MEMORY)
+# Files may move: their fingerprints are compared.
+MAY_CHANGE = ("output", "resume", "device", "model", "data", *LENGTH, *OBSERVATION, *MEMORY)
 DIFF_BYTES = 1_000_000
 
 
 def describe_run(config: dict, script: Path) -> dict:
-    """What run.json records about a start; what cannot be found out is null."""
+    """What run.json records about a start; null is what cannot be found out."""
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     hardware = {
         "cpu": platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": _memory_bytes(),
         "devices": [{"name": device.name, "memory_bytes": device.total_memory} for device in devices],
     }
     versions: dict[str, str | None] = {"python": platform.python_version()}
@@ -48,6 +52,7 @@ def describe_run(config: dict, script: Path) -> dict:
         "command": shlex.join(sys.argv),
         "started": timestamp(),
         "finished": None,
+        "results": [],
         "config": config,
         "versions": versions,
         "git": {"revision": revision and revision.strip(), "diff": diff},
@@ -56,41 +61,61 @@ def describe_run(config: dict, script: Path) -> dict:
     }
 
 
-def compare_config(saved: Any, current: Any) -> dict[str, str]:
-    """The settings that differ, each with "saved -> current"; ValueError for those not among MAY_CHANGE."""
-    saved, current = plain(saved), plain(current)
+def keep_script(folder: Path, script: Path) -> None:
+    """Copy the script that runs to recipe.py; the one of an earlier start is kept under another name."""
+    recipe = folder / "recipe.py"
+    if not script.is_file() or (recipe.exists() and os.path.samefile(recipe, script)):
+        return
+    text = script.read_text(encoding="utf-8")
+    if recipe.exists() and recipe.read_text(encoding="utf-8") != text:
+        earlier = folder / f"recipe-{1 + len(list(folder.glob('recipe-*.py')))}.py"
+        os.rename(recipe, earlier)
+        say(f"the script has changed since the earlier start, whose script is kept as {earlier}")
+    atomic_write_text(recipe, text)
+
+
+def compare_config(saved: Any, current: Any, may_change: Collection[str] = ()) -> dict[str, str]:
+    """The settings that differ, as "saved -> current". ValueError for one not in MAY_CHANGE or `may_change`."""
+    saved, current = to_json(saved), to_json(current)
     changes = {}
     for name in saved | current:
         there, here = saved.get(name, "(absent)"), current.get(name, "(absent)")
         if there != here:
             changes[name] = f"{there} -> {here}"
-    if wrong := [f"{name}: {change}" for name, change in changes.items() if name not in MAY_CHANGE]:
+    if wrong := [f"{name}: {change}" for name, change in changes.items() if name not in (*MAY_CHANGE, *may_change)]:
         fix = "give the earlier values, or start anew in another --output"
         raise ValueError(f"--resume with other settings than the run began with: {'; '.join(wrong)}; {fix}")
     return changes
 
 
-def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: dataclasses become objects, tuples lists, scalar tensors numbers, the rest text.
+def to_json(value: Any) -> Any:
+    """`value` as JSON can hold it: dataclasses become objects, tuples lists, tensors numbers, the rest text.
 
-    NaN and infinities, which JSON lacks, become "NaN", "Infinity" and "-Infinity"; Python's float() reads them.
+    NaN and infinities become "NaN", "Infinity" and "-Infinity", which Python's float() reads.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, torch.Tensor):
-        return plain(value.tolist())
+        return to_json(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def timestamp() -> str:
-    """The local time with its distance from UTC: read back on any machine, it is the same date."""
+    """The local time with its offset from UTC."""
     return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows
+        return None
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -1,16 +1,18 @@
-"""Training state: what a run needs, next to the base model, to go on as if it had never stopped.
+"""Training state: what a run needs, in addition to the base model, to go on as if it had never stopped.
 
-A checkpoint folder holds safetensors and JSON, no pickles, so opening a stranger's runs nothing of theirs:
+A checkpoint folder holds safetensors and JSON, no pickles, so opening a stranger's checkpoint runs no code:
 
     weights.safetensors    the trainable parameters, by name
     optimizer.safetensors  the optimizer's tensors, by "<state name>:<parameter name>"
     rng.safetensors        the random number generators: Python's, the CPU's, every CUDA device's
-    state.json             the caller's progress, optimizer options, and how the tensors above are put together
+    state.json             the caller's progress, optimizer options, and the structure of the tensors above, whose
+                           files carry its digest: files of two checkpoints are not mixed
 
-A tensor subclass (8-bit optimizer states, NF4) is stored as its inner tensors, ".../codes", ".../scale" and so on,
-and state.json says which class they make up.
+A tensor subclass (8-bit optimizer states, NF4) is stored as its inner tensors, ".../codes", ".../scale" and so on;
+state.json names the class.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -21,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from checkpointing.atomic import atomic_folder
 from checkpointing.pretrained import read_json
-from checkpointing.safetensors_file import DTYPE_NAMES, specs_of, write_safetensors
+from checkpointing.safetensors_file import DTYPE_NAMES, open_safetensors, specs_of, write_safetensors
 
 FORMAT = 1
 STATE, WEIGHTS, OPTIMIZER, RNG = "state.json", "weights.safetensors", "optimizer.safetensors", "rng.safetensors"
-# Which kernel does the step is this machine's choice; the numbers that it works on are the run's.
+# Not restored: the kernel of the step is this machine's choice.
 KERNEL_OPTIONS = ("foreach", "fused", "capturable")
 
 
@@ -39,9 +41,8 @@ def save_training_state(
 ) -> None:
     """Write a checkpoint folder, complete or not at all.
 
-    `parameters` are the trainable ones by name; the optimizer's state is filed under these names. `progress` is the
-    caller's own (step, position in the data, resolved config …): JSON's types, tuples, dtypes, and paths, which come
-    back as strings. Host memory: one tensor. Raises ValueError for what cannot be stored.
+    `parameters`: the trainable ones by name. `progress` is the caller's own (step, position in the data, config …), of
+    JSON's types, tuples, dtypes, and paths, which come back as strings. Raises ValueError for what cannot be stored.
     """
     weights, states = {}, {}
     for name, parameter in parameters.items():
@@ -54,18 +55,17 @@ def save_training_state(
     }
     with atomic_folder(folder) as partial:
         for name, tensors in ((WEIGHTS, weights), (OPTIMIZER, states), (RNG, _random_states())):
-            write_safetensors(partial / name, specs_of(tensors), tensors.__getitem__)
+            write_safetensors(partial / name, specs_of(tensors), tensors.__getitem__, state=_digest(description))
         (partial / STATE).write_text(json.dumps(description, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def load_training_state(
     folder: Path, *, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, scaler=None
 ) -> dict:
-    """Bring parameters, optimizer, scaler and random numbers to where the checkpoint left them; returns `progress`.
+    """Restore parameters, optimizer, scaler and random number generators, bit for bit; returns `progress`.
 
-    Values are copied bit for bit into the tensors that exist; optimizer state that does not exist yet is made. What
-    the optimizer already holds must be in the checkpoint, so give one that has not stepped. Everything is checked
-    before anything changes: one ValueError names all that is missing, unused or of another shape or dtype.
+    Give an optimizer that has not stepped: what it already holds must be in the checkpoint, the rest of its state is
+    made. Everything is checked first: one ValueError names all that is missing, unused or of another shape or dtype.
     """
     folder = Path(folder)
     saved = read_json(folder / STATE)
@@ -76,7 +76,7 @@ def load_training_state(
         _encode(parameter, name, weights)
     here = _encode_optimizer(optimizer, parameters, states)
     with ExitStack() as stack, _explained(folder), torch.no_grad():
-        files = {name: stack.enter_context(_open(folder / name)) for name in (WEIGHTS, OPTIMIZER, RNG)}
+        files = {name: stack.enter_context(open_safetensors(folder / name)) for name in (WEIGHTS, OPTIMIZER, RNG)}
         problems = _compare_tensors(WEIGHTS, files[WEIGHTS], weights, set(weights))
         problems += _compare_tensors(OPTIMIZER, files[OPTIMIZER], states, set(_tensor_names(saved["optimizer"])))
         problems += _compare_optimizers(saved["optimizer"], here)
@@ -87,6 +87,7 @@ def load_training_state(
         progress, scaler_state = _decode(saved["progress"]), _decode(saved["scaler"])
         random_states = {name: files[RNG].get_tensor(name).clone() for name in files[RNG].keys()}
         new = _decode_optimizer(saved["optimizer"], optimizer, parameters, states, files[OPTIMIZER])
+        _check_saved_together(_digest(saved), files)
 
         for live, file in ((weights, files[WEIGHTS]), (states, files[OPTIMIZER])):
             for name, tensor in live.items():
@@ -97,6 +98,19 @@ def load_training_state(
             scaler.load_state_dict(scaler_state)
         _set_random_states(random_states)
     return progress
+
+
+def _digest(description: dict) -> str:
+    """The digest of state.json that the tensor files carry in their headers."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _check_saved_together(digest: str, files: dict) -> None:
+    # Earlier versions wrote no digest.
+    others = [name for name, file in files.items() if (file.metadata() or {}).get("state", digest) != digest]
+    if others:
+        what = f"{STATE} has changed since" if len(others) == 3 else f"{', '.join(others)}: from another checkpoint"
+        raise ValueError(f"{what}; expected the files as they were saved together: resume from another checkpoint")
 
 
 # The optimizer: parameter groups and their options, then for each parameter its state.
@@ -164,7 +178,7 @@ def _encode(value: Any, key: str, tensors: dict[str, Tensor] | None = None) -> A
         names, context = value.__tensor_flatten__()
         try:
             context = _encode(context, key)
-        except ValueError:  # then it can be filled, but not made anew
+        except ValueError:  # then it can be filled, but not made
             context = {"$unknown": type(context).__name__}
         return {
             "$class": f"{type(value).__module__}.{type(value).__qualname__}",
@@ -213,7 +227,7 @@ def _decode(node: Any, tensors: dict[str, Tensor] | None = None) -> Any:
 
 
 def _tensor_class(name: str) -> type:
-    """A class that state.json names: only torchao's, and only what this process has imported for its own use."""
+    """A class that state.json names: only torchao's, and only one that this process has imported already."""
     module, _, attribute = name.rpartition(".")
     found = getattr(sys.modules.get(module), attribute, None) if module.startswith("torchao.") else None
     if not (isinstance(found, type) and issubclass(found, Tensor)):
@@ -232,13 +246,6 @@ def _tensor_names(node: Any) -> Iterator[str]:
 # Files.
 
 
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name} is missing, cut short or damaged ({error})") from None
-
-
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     """Every error says which checkpoint it is about."""
@@ -251,7 +258,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _compare_tensors(title: str, file, live: dict[str, Tensor], stored: set[str]) -> list[str]:
-    """What a file lacks, what nobody asked it for, and which of its tensors do not go into ours."""
+    """Tensors that a file lacks, that are not used, and that have another shape or dtype than ours."""
     there = set(file.keys())
     problems = [f"{title} lacks {name}" for name in sorted((stored | live.keys()) - there)]
     problems += [f"{title} holds {name}, which is not used" for name in sorted(there - stored)]

@@ -1,15 +1,13 @@
 """From tokenised rows to batches: order, packing, collation.
 
-The order of an epoch follows from (seed, epoch) alone and the packs from the order and the rows' lengths, so where a
-run stands in its data is two numbers, the epoch and the micro-batch: that is all a resume needs.
-
-Images are decoded in background threads, a step or two before their turn (data/images/prefetch.py).
+The order of an epoch follows from (seed, epoch) alone and the packs from the order and the rows' lengths. So a resume
+needs two numbers, the epoch and the step in it. Images are decoded ahead in threads (data/images/prefetch.py).
 
 B rows, T tokens, N target positions.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 from data.dataset import TokenizedDataset
 from data.images.prefetch import default_workers, prefetch
 from modules.attention import SequenceLayout, packed_layout, padded_layout
-from modules.image_tokens import Images
+from modules.image_tokens import Images, place_images
 from modules.loss import IGNORE_INDEX
 
 Plan = list[list[list[int]]]  # micro-batches of rows of dataset indices
@@ -27,25 +25,12 @@ PACK_WINDOW = 64  # packs that stay open for further rows while the epoch stream
 
 @dataclass(frozen=True)
 class Batch:
-    input_ids: Tensor
-    """[B, T] int64, padded on the right."""
+    input_ids: Tensor  # [B, T] int64, padded on the right
     layout: SequenceLayout
-    target_index: Tensor
-    """[N] flat positions in B·T that have a target."""
-    targets: Tensor
-    """[N] the token ids to be predicted there."""
-    pixel_values: Tensor | None = None
-    """[tiles, 3, H, W] float32, in the order of their tokens; None: no row has an image."""
-    image_index: Tensor | None = None
-    """[tiles · tokens of a tile] flat positions in B·T of the image tokens."""
-
-    @property
-    def images(self) -> Images | None:
-        """The batch's images and their places, as the model takes them."""
-        if self.pixel_values is None:
-            return None
-        length = self.input_ids.shape[1]
-        return Images(self.pixel_values, torch.stack([self.image_index // length, self.image_index % length]))
+    target_index: Tensor  # [N] flat positions in B·T that have a target
+    targets: Tensor  # [N] the token ids to be predicted there
+    images: Images | None = None  # the images and their places; None: no row has one
+    rows: list[list[int]] = field(default_factory=list)  # for each of B, the indices of its examples in the dataset
 
     @property
     def target_tokens(self) -> int:
@@ -53,13 +38,11 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """On the device, ready for a model that computes in `dtype`."""
-        names = ("input_ids", "target_index", "targets", "pixel_values", "image_index")
-        move = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        moved = {name: getattr(self, name) for name in ("input_ids", "target_index", "targets")}
         if device.type == "cuda":
-            move = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in move.items()}
-        if self.pixel_values is not None:
-            move["pixel_values"] = move["pixel_values"].to(dtype)
-        return replace(self, **move, layout=self.layout.prepare(device, dtype))
+            moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in moved.items()}
+        images = self.images and self.images.prepare(device, dtype)
+        return replace(self, **moved, images=images, layout=self.layout.prepare(device, dtype))
 
 
 class Batches:
@@ -87,7 +70,7 @@ class Batches:
         self.dataset, self.batch_size, self.grad_accum = dataset, batch_size, grad_accum
         self.packing, self.seq_len = packing, seq_len
         self.shuffle, self.seed = shuffle, seed
-        # No token sees padding, so any id will do; the tokenizer's own may have no row in the model's embedding.
+        # No token sees padding, so any id will do; the tokenizer's own may have no row in the embedding.
         self.pad_id, self.pad_multiple = pad_id, pad_multiple
         self.image_workers = default_workers() if image_workers is None else image_workers  # 0: decode in the loop
         self._plan: tuple[int, Plan] | None = None
@@ -109,7 +92,7 @@ class Batches:
 
     @property
     def most_images(self) -> int:
-        """Images (tiles) in a micro-batch, at most: as many as fit into its packs, or as its largest rows have."""
+        """The most images (tiles) that a micro-batch can have."""
         images = self.dataset.images
         if images is None:
             return 0
@@ -127,6 +110,25 @@ class Batches:
                 break
             steps += self.steps_in_epoch(epoch)
         return steps if max_steps is None else min(steps, max_steps)
+
+    def largest(self, steps: int) -> tuple[int, int]:
+        """Tokens with padding, and targets, of the largest micro-batch of the first `steps` steps, or three epochs."""
+        lengths, counts = self.dataset.lengths, self.dataset.target_counts
+        tokens, targets, epoch = 0, 0, 0
+        while epoch == 0 or (steps > 0 and epoch < 3):  # a run of no steps is planned like one
+            for rows in self.plan(epoch)[: max(steps, 1) * self.grad_accum]:
+                length = self._padded(max(sum(lengths[i] for i in row) for row in rows))
+                tokens = max(tokens, len(rows) * length)
+                targets = max(targets, sum(counts[i] for row in rows for i in row))
+            steps -= self.steps_in_epoch(epoch)
+            epoch += 1
+        return tokens, targets
+
+    def _padded(self, length: int) -> int:
+        """T of a micro-batch whose longest row (pack) has `length` tokens."""
+        if self.packing and self.pad_multiple > 1:
+            length = self.seq_len  # packs are nearly full anyway
+        return -(-length // self.pad_multiple) * self.pad_multiple
 
     def steps(self, epoch: int = 0, step_in_epoch: int = 0) -> Iterator[tuple[int, int, list[Batch]]]:
         """Endless optimizer steps from a position on: (epoch, step in epoch, its micro-batches)."""
@@ -151,7 +153,7 @@ class Batches:
         return (batch for _, _, micro_batches in islice(self.steps(), steps) for batch in micro_batches)
 
     def _collated(self, steps: Iterator[tuple[int, int, Plan]]) -> Iterator[tuple[int, int, list[Batch]]]:
-        """Each (epoch, step, its plan) with batches for the plan; their images are decoded ahead."""
+        """Each (epoch, step, its plan) with batches in place of the plan; images are decoded ahead."""
         images = self.dataset.images
 
         def numbers(step: tuple[int, int, Plan]) -> list[int]:
@@ -165,14 +167,11 @@ class Batches:
             return (assemble(step, []) for step in steps)
         return prefetch(steps, numbers, images.decode, assemble, self.image_workers)
 
-    def collate(self, rows: list[list[int]], pixels: Iterator[Tensor] | None = None) -> Batch:
-        """Rows of dataset indices as a batch. `pixels`: their images, decoded; without it they are decoded here."""
+    def collate(self, rows: list[list[int]], pixels: Iterator[Tensor]) -> Batch:
+        """Rows of dataset indices as a batch; `pixels`: their images, decoded."""
         examples = [[self.dataset[i] for i in row] for row in rows]
         lengths = [[len(ids) for ids, _ in row] for row in examples]
-        T = max(sum(row) for row in lengths)
-        if self.packing and self.pad_multiple > 1:
-            T = self.seq_len  # packs are nearly full anyway
-        T = -(-T // self.pad_multiple) * self.pad_multiple
+        T = self._padded(max(sum(row) for row in lengths))
         input_ids = torch.full((len(rows), T), self.pad_id, dtype=torch.long)
         targets = torch.full((len(rows), T), IGNORE_INDEX, dtype=torch.long)
         for b, row in enumerate(examples):
@@ -180,24 +179,21 @@ class Batches:
             targets[b, : sum(lengths[b])] = torch.cat([wanted for _, wanted in row])
         layout = packed_layout(lengths, T) if self.packing else padded_layout(T)
         target_index = (targets.view(-1) != IGNORE_INDEX).nonzero().squeeze(1)
-        batch = Batch(input_ids, layout, target_index, targets.view(-1)[target_index])
+        batch = Batch(input_ids, layout, target_index, targets.view(-1)[target_index], rows=rows)
         images = self.dataset.images
-        numbers = [number for row in rows for i in row for number in images.of(i)] if images else []
-        if not numbers:
+        count = sum(len(images.of(i)) for row in rows for i in row) if images else 0
+        if not count:
             return batch
-        decoded = [images.decode(number) if pixels is None else next(pixels) for number in numbers]
-        # Row by row and from left to right, which is the order of the images, too.
-        image_index = (input_ids.view(-1) == images.processor.token_id).nonzero().squeeze(1)
-        pixel_values = images.processor.normalize(torch.cat(decoded))
-        assert len(image_index) == len(pixel_values) * images.processor.tokens
-        return replace(batch, pixel_values=pixel_values, image_index=image_index)
+        processor = images.processor
+        pixel_values = processor.normalize(torch.cat(list(islice(pixels, count))))
+        sizes = dict(image_token=processor.token_id, tokens_per_image=processor.tokens)
+        return replace(batch, images=place_images(input_ids, pixel_values, **sizes))
 
 
 def first_fit(order: list[int], lengths: list[int], capacity: int, window: int = PACK_WINDOW) -> list[list[int]]:
     """Pack rows, in order, into bins of `capacity` tokens: each goes into the oldest open bin with room.
 
-    At most `window` bins stay open; the oldest one is closed when another is needed, so the packing streams and rows
-    stay near their place in the order. Returns the bins in the order in which they were opened.
+    Only the last `window` bins are open, so that rows stay near their place in the order.
     """
     bins, room = [], []  # room[k]: tokens left in bins[k]; only the last `window` bins are open
     for index in order:
@@ -230,14 +226,12 @@ def check_length(epochs: int, max_steps: int | None) -> None:
 
 
 def fit_seq_len(asked: int | None, max_length: float) -> int:
-    """The row length of a run: what was asked for if the model has as many positions, by default at most 2048."""
+    """The row length of a run: --seq-len if the model has as many positions; by default at most 2048."""
     if asked is None:
         return min(2048, max_length)
     if asked < 2:
         raise ValueError(f"--seq-len {asked} leaves no token to predict; it must be at least 2")
     if asked > max_length:
-        raise ValueError(
-            f"--seq-len {asked} exceeds this model's {max_length} positions; "
-            "lower it or set rope scaling in config.json"
-        )
+        fix = "lower it or set rope scaling in config.json"
+        raise ValueError(f"--seq-len {asked} exceeds this model's {max_length} positions; {fix}")
     return asked

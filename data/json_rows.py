@@ -1,4 +1,4 @@
-"""Reading a data file: JSON Lines, or one JSON array, row by row, with line numbers for the error messages."""
+"""Reading JSON: data files (JSON Lines or one array) row by row with line numbers for errors, and single objects."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
     begin = next(((number, line) for number, line in lines if line.strip()), None)
     if begin is None:
         raise ValueError(f"{path} is empty: it holds no rows")
-    # No row begins with a bracket, so one at the very start is that of an array.
+    # No row begins with a bracket: one at the start begins an array.
     read = _array if begin[1].lstrip().startswith("[") else _json_lines
     for number, row in read(path, chain([begin], lines)):
         if not isinstance(row, dict):
@@ -31,7 +31,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict]]:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    # Bytes split at \n only: a string may hold U+2028 and its like, where splitting text would tear a row apart.
+    # Bytes split at \n only; text would split at U+2028, too, which a string may hold.
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         number = 0
         try:
@@ -94,3 +94,16 @@ def shown(value: object) -> str:
     """A value, as short as an error message wants it."""
     text = json.dumps(value, ensure_ascii=False) if value is not None else "nothing"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content

@@ -19,19 +19,8 @@ from data.images.rows import RowImages
 from data.json_rows import shown
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
+SHAREGPT_ROLES = ROLES | {"human": "user", "observation": "tool"}
+SHAREGPT_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 
 # Word for word from github.com/tatsu-lab/stanford_alpaca (train.py).
 ALPACA_WITH_INPUT = (
@@ -49,11 +38,9 @@ ALPACA_WITHOUT_INPUT = (
 @dataclass(frozen=True)
 class Chat:
     messages: list[dict]
-    first: int = 0
-    """Number of the first message that may be trained."""
+    first: int = 0  # number of the first message that may be trained
     tools: list | None = None
-    images: tuple[str, ...] = ()
-    """Image files in the order in which they stand in the text; of the other two formats, too."""
+    images: tuple[str, ...] = ()  # image files in the order in which they stand in the text
 
 
 @dataclass(frozen=True)
@@ -118,7 +105,7 @@ def _messages(found: object, key: str, images: RowImages | None) -> list[dict]:
 
 
 def _message(message: object, where: str, images: RowImages | None) -> dict:
-    """{"role", "content"} and whatever else the row gives the template, from either spelling."""
+    """{"role", "content"} and any further keys for the template, from either spelling."""
     if not isinstance(message, dict):
         raise ValueError(f"{where} must be an object with role and content, got {shown(message)}")
     sharegpt = "from" in message
@@ -140,7 +127,7 @@ def _message(message: object, where: str, images: RowImages | None) -> dict:
 
 
 def _content(found: list, where: str, images: RowImages | None) -> Content:
-    """A list of parts as one string or, where there are images among them, as a list of texts and images."""
+    """A list of parts as one string or, if it has images, as a list of texts and images."""
     parts: list[dict] = []
     for part in found:
         is_image = isinstance(part, dict) and part.get("type") in ("image", "image_url")
@@ -172,9 +159,8 @@ def _string(value: object, what: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what} holds half a character: \\u{ord(value[error.start]):04x} without its other half"
-        ) from None
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise ValueError(f"{what} holds half a character: {half} without its other half") from None
     return value
 
 

@@ -19,16 +19,11 @@ class Encoded:
 
     input_ids: list[int]
     targets: list[int]
-    special: str | None = None
-    """A special token written out in the row's own words, if there is one."""
-    unended: bool = False
-    """Some trained message has no end-of-turn token."""
-    chat: bool = False
-    """Rendered by the chat template."""
-    images: tuple[str, ...] = ()
-    """Image files, as the row names them, in the order of their tokens."""
-    images_end: int = 0
-    """Number of the position behind the last image: a row must not be cut before it."""
+    special: str | None = None  # a special token written out in the row's own words, if there is one
+    unended: bool = False  # some trained message has no end-of-turn token
+    chat: bool = False  # rendered by the chat template
+    images: tuple[str, ...] = ()  # image files, as the row names them, in the order of their tokens
+    images_end: int = 0  # position after the last image: a row must not be cut before it
 
 
 def encode_row(
@@ -44,9 +39,9 @@ def encode_row(
 ) -> Encoded:
     """Tokens and targets of one row; both lists have one length. Raises ValueError if the row is bad.
 
-    `train_on`: "assistant", "last" (assistant message) or "all" (every token after the first). A row may come out
-    without any target: the caller drops and counts it. With `image_files` rows may have images: their <image> tokens
-    become what their processor makes of them, and none of that is a target. Raises BadImage for an unusable file.
+    `train_on`: "assistant", "last" (assistant message) or "all" (every token after the first). The caller drops and
+    counts rows without a target. With `image_files` rows may have images: the processor expands their <image> tokens,
+    which are no targets. Raises BadImage for an unusable file.
     """
     if train_on not in TRAIN_ON:
         raise ValueError(f"--train-on {train_on!r} is not one of {', '.join(TRAIN_ON)}")
@@ -54,7 +49,7 @@ def encode_row(
     special, unended = None, False
     match parsed:
         case Text(text):
-            # Here a special token is not a surprise: who writes whole texts may write them with their frame.
+            # Special tokens are no surprise here: a text may contain its own chat markup.
             ids = tokenizer.encode_prompt(text) + [_eos(tokenizer)]
             trained = [True] * len(ids)
         case Completion(prompt, completion):
@@ -68,18 +63,16 @@ def encode_row(
             ids = prompt_ids + completion_ids
         case Chat(messages, first, tools):
             if template is None:
-                raise ValueError(
-                    "a chat row, but this checkpoint has no chat template; choose one with --chat-format "
-                    "llama2, llama3, chatml, vicuna or FILE.jinja"
-                )
+                fix = "choose one with --chat-format llama2, llama3, chatml, vicuna or FILE.jinja"
+                raise ValueError(f"a chat row, but this checkpoint has no chat template; {fix}")
             contents = [text for message in messages for text in texts_of(message["content"])]
             special = _special_in(contents, tokenizer, on_special_content)
             rendered = template.render_with_targets(messages, train_on, first=first, tools=tools)
-            # As transformers does with a chat: what the template wrote is all, no BOS or EOS is added.
+            # As in transformers: the template writes everything, no BOS or EOS is added.
             ids, token_spans = tokenizer.encode_with_spans(rendered.text)
             trained = _overlaps(token_spans, rendered.spans, len(rendered.text))
             unended = rendered.unended > 0
-            # A processor of text and images does add it, and LLaVA's own template relies on that.
+            # A processor of text and images does add BOS, and LLaVA's own template relies on that.
             if image_files is not None and tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:
                 ids, trained = [tokenizer.bos_id, *ids], [False, *trained]
     images_end = 0

@@ -1,14 +1,15 @@
 """CLIP's vision transformer (arXiv:2103.00020): the eye of LLaVA and of many others.
 
-An image is cut into patches, each one becomes a token, a class token stands before them; every token sees every other.
-Module names are those of transformers' CLIPVisionModel, `pre_layrnorm` (sic) included. The model returns hidden states
-of the layers that are asked for and runs no block beyond the last of them: LLaVA reads the last layer but one.
+An image is cut into patches, each becomes a token, a class token stands before them; every token sees every other.
+Module names are those of transformers' CLIPVisionModel, `pre_layrnorm` (sic) included. The model returns the hidden
+states of the requested layers and runs no block after the last of them: LLaVA reads the last layer but one.
 
 I images, C channels, S image size, P patches, T = 1 + P tokens, D model, N heads, H head dim.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from operator import call
 from typing import ClassVar
 
 import torch
@@ -36,10 +37,7 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "CLIPVisionConfig":
-        """From a config.json (or its `vision_config`); what it leaves out is as in ViT-B/32.
-
-        Raises ValueError for settings that this file does not implement.
-        """
+        """From a config.json or its `vision_config`. Raises ValueError for settings that are not implemented here."""
         if (kind := config.get("model_type", cls.kinds[0])) not in cls.kinds:
             supported = ", ".join(map(repr, cls.kinds))
             raise ValueError(f"the vision tower in config.json is {kind!r}; supported: {supported}")
@@ -100,9 +98,8 @@ class CLIPEmbeddings(nn.Module):
         if pixel_values.shape[1:] != self.expected:
             got, expected = (" × ".join(map(str, shape)) for shape in (pixel_values.shape, self.expected))
             raise ValueError(f"pixel values are {got}, expected images × {expected}")
-        patches_IPD = (
-            self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
-        )
+        patches_IDHW = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        patches_IPD = patches_IDHW.flatten(2).transpose(1, 2)
         class_token_I1D = self.class_embedding.expand(len(pixel_values), 1, -1)
         return torch.cat([class_token_I1D, patches_IPD], dim=1) + self.position_embedding.weight
 
@@ -142,8 +139,9 @@ class CLIPFeedForward(nn.Module):
 class CLIPBlock(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): [I, T, D] → [I, T, D]."""
 
-    def __init__(self, config: CLIPVisionConfig):
+    def __init__(self, config: CLIPVisionConfig, index: int):
         super().__init__()
+        self.index = index
         self.self_attn = CLIPAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLIPFeedForward(config)
@@ -157,30 +155,60 @@ class CLIPBlock(nn.Module):
 class CLIPEncoder(nn.Module):
     def __init__(self, config: CLIPVisionConfig):
         super().__init__()
-        self.layers = nn.ModuleList(CLIPBlock(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(CLIPBlock(config, i) for i in range(config.num_hidden_layers))
 
 
-def run_block(block: nn.Module, hidden: Tensor, *inputs) -> Tensor:
-    """How the model runs one of its blocks. Memory measures put another function in its place (`model.run_block`)."""
-    return block(hidden, *inputs)
+class VisionTransformer(nn.Module):
+    """What CLIP's and SigLIP's towers share: `embeddings`, an `encoder`, and a `post_layernorm`."""
 
-
-class CLIPVisionModel(nn.Module):
-    """Embedding, a norm, the blocks; the class token of the last layer has a norm of its own (`pool`)."""
-
-    def __init__(self, config: CLIPVisionConfig):
+    def __init__(self, config: CLIPVisionConfig, embeddings: nn.Module):
         super().__init__()
         self.config = config
-        self.embeddings = CLIPEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embeddings = embeddings
         self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.run_block: Callable[..., Tensor] = run_block
+        self.run_block: Callable[..., Tensor] = call  # memory options put another way to run a block here
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.encoder.layers
+
+    # What modules/memory/activations.py asks of a model: `model.model` runs the blocks and ends in `norm`.
+    @property
+    def model(self) -> "VisionTransformer":
+        return self
+
+    @property
+    def norm(self) -> nn.LayerNorm:
+        return self.post_layernorm
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Start from scratch as transformers does: normal with the spread of each kind, zero biases, unit norms."""
+        for name, parameter in self.named_parameters():
+            *_, layer, leaf = ("", *name.split("."))
+            if leaf == "bias":
+                parameter.zero_()
+            elif "norm" in layer:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, self.initial_spread(layer, leaf), generator=generator)
+
+    def initial_spread(self, layer: str, leaf: str) -> float:
+        return self.config.initializer_range
+
+
+class CLIPVisionModel(VisionTransformer):
+    """Embedding, a norm, the blocks, and a norm for the class token of the last layer (`pool`)."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__(config, CLIPEmbeddings(config))
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
-        """Hidden states [I, T, D] of the asked layers, in that order, for pixel values [I, C, S, S].
+        """Hidden states [I, T, D] of these layers (default: all), in this order, for pixel values [I, C, S, S].
 
-        Layer 0 is what enters the first block, layer n what leaves the n-th; -1 is the last one. Default: all of them.
+        Layer 0 is the input of the first block, layer n the output of the n-th, -1 the last one.
         """
         numbers = range(len(self.blocks) + 1)
         wanted = numbers if layers is None else [numbers[layer] for layer in layers]
@@ -196,42 +224,19 @@ class CLIPVisionModel(nn.Module):
         """[I, T, D] of the last layer → [I, D]: the image as CLIP compares it with text."""
         return self.post_layernorm(last_hidden[:, 0])
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.encoder.layers
-
-    # What modules/memory/activations.py asks of a model: `model.model` runs the blocks and ends in `norm`.
-    @property
-    def model(self) -> "CLIPVisionModel":
-        return self
-
-    @property
-    def norm(self) -> nn.LayerNorm:
-        return self.post_layernorm
-
     def tie_weights(self) -> None:
         """No two names share a parameter here."""
 
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Start from scratch as transformers does: normal with depth-dependent spreads, zero biases, unit norms."""
+    def initial_spread(self, layer: str, leaf: str) -> float:
         config, width = self.config, self.config.hidden_size
         into_residual = (2 * config.num_hidden_layers * width) ** -0.5
         spreads = {"q_proj": into_residual, "k_proj": into_residual, "v_proj": into_residual, "fc2": into_residual}
         spreads |= {"out_proj": width**-0.5, "fc1": (2 * width) ** -0.5, "class_embedding": width**-0.5}
-        for name, parameter in self.named_parameters():
-            *_, layer, leaf = ("", *name.split("."))
-            if leaf == "bias":
-                parameter.zero_()
-            elif "norm" in layer:
-                parameter.fill_(1.0)
-            else:
-                spread = spreads.get(leaf, spreads.get(layer, config.initializer_range))
-                parameter.normal_(0.0, spread * config.initializer_factor, generator=generator)
+        return spreads.get(leaf, spreads.get(layer, config.initializer_range)) * config.initializer_factor
 
-    # Where checkpoints keep these parameters: our prefix → theirs. The first layout is transformers 5's, the second one
-    # an older CLIPVisionModel's and any CLIPModel's, whose text half stays unread.
-    layouts = ({}, {"": "vision_model."})
-    layout: dict[str, str] | None = None
+    # What checkpoints call these parameters, our prefix → theirs: in transformers 5; in an older CLIPVisionModel and in
+    # any CLIPModel, whose text half stays unread.
+    names_on_disk = ({}, {"": "vision_model."})
+    names_read: dict[str, str] | None = None
     """The one that the weights were loaded from."""
     unread = ("text_model.*", "logit_scale", "visual_projection.*", "text_projection.*")

@@ -4,34 +4,35 @@ This file holds the configuration, the order of the layers and the model around 
 modules/: attention.py, feed_forward.py, norm.py and rotary_embedding.py.
 
 Module names are those of the Hugging Face checkpoint, so the state dict *is* the checkpoint. The model returns hidden
-states; turning them into a loss is `modules/loss.py`'s business, because the full logits are the largest tensor of a
-training step and nobody needs them.
+states; modules/loss.py turns them into a loss without the full logits, the largest tensor of a training step.
 
 B batch, T tokens, D model, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import call
 
 import torch
 from torch import Tensor, nn
 
+from models.foreign_settings import refuse_foreign_settings
 from modules.attention import Attention, KVCache, SequenceLayout, padded_layout
 from modules.feed_forward import ACTIVATIONS, FeedForward
 from modules.norm import RMSNorm
 from modules.rotary_embedding import RotaryEmbedding, rope_parameters
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int
+    max_position_embeddings: int = 2048
     rope: dict
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
@@ -46,33 +47,18 @@ class LlamaConfig:
         missing = [key for key in ("vocab_size", "hidden_size", "num_attention_heads") if not config.get(key)]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}: not a complete Llama configuration")
-        activation = config.get("hidden_act", "silu")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {activation!r} in config.json is not one of {', '.join(ACTIVATIONS)}")
-        if config.get("attention_dropout"):
-            raise ValueError("attention_dropout in config.json is not 0: attention here has no dropout; set it to 0")
-        hidden_size, heads = config["hidden_size"], config["num_attention_heads"]
-        head_dim = config.get("head_dim") or hidden_size // heads
+        refuse_foreign_settings(config)
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads") or heads
         if head_dim % 2 or heads % kv_heads:
             raise ValueError(f"config.json: head_dim {head_dim} must be even, {heads} heads a multiple of {kv_heads}")
-        return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=hidden_size,
-            intermediate_size=config.get("intermediate_size", 11008),
-            num_hidden_layers=config.get("num_hidden_layers", 32),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
-            rope=rope_parameters(config),
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            hidden_act=activation,
-            attention_bias=config.get("attention_bias", False),
-            mlp_bias=config.get("mlp_bias", False),
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            initializer_range=config.get("initializer_range", 0.02),
-        )
+        derived = {"head_dim": head_dim, "num_key_value_heads": kv_heads, "rope": rope_parameters(config)}
+        given = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
+        parsed = cls(**given | derived)
+        if parsed.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {parsed.hidden_act!r} in config.json is not one of {', '.join(ACTIVATIONS)}")
+        return parsed
 
     @property
     def max_length(self) -> int:
@@ -135,19 +121,13 @@ PRESETS: dict[str, dict] = {  # as in each checkpoint's config.json
 class LlamaBlock(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): [B, T, D] → [B, T, D]."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, index: int):
         super().__init__()
-        dim = config.hidden_size
-        self.self_attn = Attention(
-            dim,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            bias=config.attention_bias,
-        )
-        self.mlp = FeedForward(dim, config.intermediate_size, activation=config.hidden_act, bias=config.mlp_bias)
-        self.input_layernorm = RMSNorm(dim, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(dim, config.rms_norm_eps)
+        self.index = index
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout, cache: KVCache | None = None
@@ -156,21 +136,16 @@ class LlamaBlock(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def run_block(block: nn.Module, hidden: Tensor, *inputs) -> Tensor:
-    """How a model runs one of its blocks. Memory measures put another function in its place (`model.run_block`)."""
-    return block(hidden, *inputs)
-
-
 class LlamaModel(nn.Module):
     """Embedding, the blocks, the last norm."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(LlamaBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.head_dim, config.rope, config.max_position_embeddings)
-        self.run_block: Callable[..., Tensor] = run_block
+        self.run_block: Callable[..., Tensor] = call  # memory options put another way to run a block here
 
     def forward(
         self, input_ids: Tensor, layout: SequenceLayout | None = None, caches: list[KVCache] | None = None
@@ -180,7 +155,7 @@ class LlamaModel(nn.Module):
     def run_embedded(
         self, hidden: Tensor, layout: SequenceLayout | None = None, caches: list[KVCache] | None = None
     ) -> Tensor:
-        """From embeddings on, [B, T, D] → [B, T, D]: where something else than text stands in the sequence."""
+        """From embeddings on, [B, T, D] → [B, T, D], for sequences that hold more than text."""
         if layout is None:
             layout = padded_layout(hidden.shape[1]).prepare(hidden.device, hidden.dtype)
         cos, sin = self.rotary(layout.positions, layout.longest, hidden.dtype)
@@ -206,8 +181,13 @@ class LlamaForCausalLM(nn.Module):
         return self.model(input_ids, layout, caches)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[.., D] → [.., V]. For generation and losses of your own; `linear_cross_entropy` does without."""
-        return self.lm_head(hidden)
+        """[.., D] → [.., V]: the one way to logits, for losses (modules/loss.py), evaluation and generation alike."""
+        return self.head(hidden)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The layer that makes the logits, whatever a model calls it."""
+        return self.lm_head
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -236,6 +216,6 @@ class LlamaForCausalLM(nn.Module):
                 module.weight.fill_(1.0)
 
     # How checkpoints call these parameters (see checkpointing/pretrained.py): as we do.
-    layouts = ({},)
-    layout: dict[str, str] | None = None
+    names_on_disk = ({},)
+    names_read: dict[str, str] | None = None
     unread = ()

@@ -1,8 +1,8 @@
 """LLaVA (arXiv:2304.08485, arXiv:2310.03744): a CLIP vision transformer, a projector of two layers, and a Llama.
 
-What leaves one of the vision tower's last layers is projected to the Llama's width, and stands in the embedded sequence
-where the text holds image tokens. From there on it is a Llama, the one of models/llama.py: `model.language_model`.
-Module names are transformers' in-memory ones; how the folders in the wild call the same tensors stands at the end.
+The output of one of the vision tower's last layers is projected to the Llama's width and takes the place of the image
+tokens in the embedded sequence. The rest is the Llama of models/llama.py. Module names are those that transformers has
+in memory; what folders call the same tensors stands at the end.
 
 B batch, T tokens, D width of the Llama, I images, C channels, S image size, P patches (one more with the class token).
 """
@@ -21,8 +21,7 @@ from modules.feed_forward import ACTIVATIONS
 
 @dataclass(frozen=True)
 class LlavaConfig(VisionLanguageConfig):
-    feature_layers: tuple[int, ...]
-    """Layers of the vision tower whose hidden states are projected, side by side."""
+    feature_layers: tuple[int, ...]  # layers of the vision tower whose hidden states are projected, side by side
     keep_class_token: bool
     """Whether the class token is a feature, too (`vision_feature_select_strategy` "full")."""
     projector_act: str = "gelu"
@@ -45,9 +44,8 @@ class LlavaConfig(VisionLanguageConfig):
             raise ValueError(f"vision_feature_select_strategy {selection!r} in config.json is not default or full")
         activation = config.get("projector_hidden_act", "gelu")
         if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"projector_hidden_act {activation!r} in config.json is not one of {', '.join(ACTIVATIONS)}"
-            )
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"projector_hidden_act {activation!r} in config.json is not one of {names}")
         image_token = config.get("image_token_index", config.get("image_token_id", 32000))
         if not 0 <= image_token < text.vocab_size:
             raise ValueError(f"image_token_index {image_token} in config.json has no row in {text.vocab_size} tokens")
@@ -124,10 +122,10 @@ class LlavaForConditionalGeneration(VisionLanguageModel):
     def __init__(self, config: LlavaConfig):
         super().__init__(config, LlavaModel(config))
 
-    # Where checkpoints keep these parameters: our prefix → theirs. A model without a checkpoint is saved in the first.
+    # What checkpoints call these parameters: our prefix → theirs. A model without a checkpoint is saved as the first.
     _LLAMA_INSIDE = {"lm_head.": "language_model.lm_head.", "model.language_model.": "language_model.model."}
     _BARE = _LLAMA_INSIDE | {"model.multi_modal_projector.": "multi_modal_projector."}
-    layouts = (
+    names_on_disk = (
         _BARE | {"model.vision_tower.": "vision_tower."},  # transformers 5
         _BARE | {"model.vision_tower.": "vision_tower.vision_model."},  # the Hub
         {"model.vision_tower.": "model.vision_tower.vision_model."},  # transformers 4.5x

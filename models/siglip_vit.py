@@ -1,20 +1,19 @@
-"""SigLIP's vision transformer (arXiv:2303.15343) for images of any size (arXiv:2307.06304): the eye of SmolVLM.
+"""SigLIP's vision transformer (arXiv:2303.15343) for images of any size (arXiv:2307.06304): SmolVLM's vision tower.
 
-Blocks and names are CLIP's (models/clip_vit.py). There is no class token and no norm before the first block, but one
-behind the last. An image need not be a square: the positions that were learnt on a square of patches are spread over
-whatever patches an image has, and in a batch of unequal sizes each may see only its own.
+Blocks and names are CLIP's (models/clip_vit.py). There is no class token, and the only norm outside the blocks is after
+the last. An image need not be square: positions that were learnt on a square of patches are spread over the patches
+that it has, and in a batch of unequal sizes each image sees only its own patches.
 
 I images, C channels, S × S' pixels, P patches (H rows, W columns), D model.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from models.clip_vit import CLIPEncoder, CLIPVisionConfig, run_block
+from models.clip_vit import CLIPVisionConfig, VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,7 @@ class SiglipVisionConfig(CLIPVisionConfig):
 def position_ids(patch_mask: Tensor, side: int) -> Tensor:
     """Where the patches of images lie in a square of side × side learnt positions: [I, H, W] bool → [I, H, W].
 
-    `patch_mask` is True for an image's own patches, which fill a rectangle from the upper left corner on; rows and
-    columns are spread evenly over the square. The steps and their rounding are those of transformers.
+    `patch_mask`: an image's own patches, from the upper left corner on, spread evenly; rounded as in transformers.
     """
     boundaries = torch.arange(1 / side, 1.0, 1 / side, device=patch_mask.device)
 
@@ -68,16 +66,11 @@ class SiglipEmbeddings(nn.Module):
         return patches_IDHW.flatten(2).transpose(1, 2) + self.position_embedding(positions)
 
 
-class SiglipVisionModel(nn.Module):
+class SiglipVisionModel(VisionTransformer):
     """Embedding, the blocks, a norm."""
 
     def __init__(self, config: SiglipVisionConfig):
-        super().__init__()
-        self.config = config
-        self.embeddings = SiglipEmbeddings(config)
-        self.encoder = CLIPEncoder(config)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.run_block: Callable[..., Tensor] = run_block
+        super().__init__(config, SiglipEmbeddings(config))
 
     def forward(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """Pixel values [I, C, S, S'] → [I, P, D]. `patch_mask` [I, H, W] bool: the patches that show an image."""
@@ -86,28 +79,3 @@ class SiglipVisionModel(nn.Module):
         for block in self.blocks:
             hidden = self.run_block(block, hidden, *masks)
         return self.post_layernorm(hidden)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.encoder.layers
-
-    # What modules/memory/activations.py asks of a model: `model.model` runs the blocks and ends in `norm`.
-    @property
-    def model(self) -> "SiglipVisionModel":
-        return self
-
-    @property
-    def norm(self) -> nn.LayerNorm:
-        return self.post_layernorm
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Start from scratch as transformers does: N(0, initializer_range), zero biases, unit norms."""
-        for name, parameter in self.named_parameters():
-            *_, layer, leaf = name.split(".")
-            if leaf == "bias":
-                parameter.zero_()
-            elif "norm" in layer:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)

@@ -1,9 +1,8 @@
 """SmolVLM (arXiv:2504.05299) and Idefics3 (arXiv:2408.12637): a SigLIP vision transformer, a connector, and a Llama.
 
-An image is shown to the model as several square tiles and once as a whole (data/images/tiles.py); to the model each of
-these is an image. The connector folds s × s neighbouring patches into one feature, s² times as wide, and projects it
-to the Llama's width: 1,024 patches of a 512-pixel tile become 64 tokens. How the parts are run together stands in
-models/vision_language.py. Module names are those of transformers and of every folder.
+An image is shown as several square tiles and once in full (data/images/tiles.py); to the model each of these is an
+image. The connector folds s × s neighbouring patches into one feature and projects it to the Llama's width: 1,024
+patches of a 512-pixel tile become 64 tokens. models/vision_language.py runs the parts. Module names are transformers'.
 
 D width of the Llama, I images (tiles), C channels, S image size, P patches (H rows, W columns), s scale factor.
 """
@@ -28,7 +27,7 @@ class SmolVLMConfig(VisionLanguageConfig):
     def from_dict(cls, config: dict) -> "SmolVLMConfig":
         """From a config.json. Raises ValueError for settings that this file does not implement."""
         text_config, vision_config = sections(config, "SmolVLM")
-        # Whether the head is the embedding, these models say outside of their text_config, only.
+        # These models say outside of text_config whether the head is the embedding.
         tied = config.get("tie_word_embeddings") or False
         text = replace(LlamaConfig.from_dict(text_config), tie_word_embeddings=tied)
         vision = SiglipVisionConfig.from_dict(vision_config)
@@ -37,7 +36,7 @@ class SmolVLMConfig(VisionLanguageConfig):
             raise ValueError(f"image_token_id {image_token} in config.json has no row in {text.vocab_size} tokens")
         if scale_factor < 1 or vision.side % scale_factor:
             raise ValueError(
-                f"scale_factor {scale_factor} in config.json must divide the {vision.side} rows of patches of an image"
+                f"scale_factor {scale_factor} in config.json must divide the {vision.side} rows of patches"
             )
         return cls(text, vision, image_token, scale_factor)
 
@@ -97,8 +96,7 @@ class SmolVLMModel(nn.Module):
     def image_features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Tensor:
         """[I, C, S, S'] → [I, P / s², D].
 
-        `pixel_mask` [I, S, S'] is True where there is an image and not padding; a patch counts as soon as one of its
-        pixels does. The tiles of data/images/tiles.py are full and need none.
+        `pixel_mask` [I, S, S'] is False for padding; a patch counts if one of its pixels does. Full tiles need none.
         """
         patch, s = self.config.vision.patch_size, self.config.scale_factor
         rows, columns = (side // patch for side in pixel_values.shape[2:])

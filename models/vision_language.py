@@ -1,8 +1,8 @@
-"""What vision-language models share: a Llama, and what a vision tower saw standing among its tokens.
+"""What vision-language models share: a Llama that reads the features of images among its tokens.
 
-Three parts: the vision tower makes features of an image, the projector brings them to the Llama's width, and there they
-take the places of the image tokens in the embedded text. From there on it is a Llama, the one of models/llama.py. A
-model says which parts it has and how features are made (models/llava.py, models/smolvlm.py); the rest is here.
+The vision tower makes features of an image, the projector brings them to the Llama's width, and they take the places of
+the image tokens in the embedded text. The rest is the Llama of models/llama.py. A model says which parts it has and how
+it makes features (models/llava.py, models/smolvlm.py).
 
 B batch, T tokens, D width of the Llama, V vocabulary, I images, C channels, S image size, P features of an image.
 """
@@ -74,20 +74,14 @@ class VisionLanguageModel(nn.Module):
         caches: list[KVCache] | None = None,
         images: Images | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, D] after the last norm, for token ids [B, T] and the images that stand in them.
-
-        `images` comes from `place_images`, with the config's `image_token` and `tokens_per_image`. Later steps of a
-        generation, and rows without images, go without.
-        """
+        """Hidden states [B, T, D] after the last norm, for token ids [B, T] and the images in them (`place_images`)."""
         llama = self.get_submodule(self.parts["language"])
         hidden_BTD = llama.embed_tokens(input_ids)
         if images is not None:
             hidden_BTD = put_features(hidden_BTD, self.model.image_features(images.pixel_values), images.positions)
         return llama.run_embedded(hidden_BTD, layout, caches)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[.., D] → [.., V]. For generation and losses of your own; `linear_cross_entropy` does without."""
-        return self.lm_head(hidden)
+    logits, head = LlamaForCausalLM.logits, LlamaForCausalLM.head  # a change of them there is one here, too
 
     @property
     def vision_tower(self) -> CLIPVisionModel | SiglipVisionModel:
@@ -99,11 +93,9 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def language_model(self) -> LlamaForCausalLM:
-        """The Llama in here with its head, for whatever takes a Llama (activation memory, streamed weights, the
-        hand-written blocks).
+        """The Llama with its head, for all that takes a Llama: activation memory, streamed weights, fused blocks.
 
-        It shares its modules with this model, so what is done to its blocks is done here. Made anew each time: another
-        `lm_head`, an adapted one say, must be put into this model. Its parameters' names begin differently.
+        It shares its modules with this model, but a new `lm_head` must be put into this model; and names differ.
         """
         return LlamaForCausalLM(self.config.text, self.get_submodule(self.parts["language"]), self.lm_head)
 
@@ -132,7 +124,7 @@ class VisionLanguageModel(nn.Module):
         self.projector.init_weights(self.config.text.initializer_range, generator)
 
     # Where checkpoints keep these parameters: our prefix → theirs. A model without a checkpoint is saved in the first.
-    layouts: tuple[dict[str, str], ...] = ({},)
-    layout: dict[str, str] | None = None
+    names_on_disk: tuple[dict[str, str], ...] = ({},)
+    names_read: dict[str, str] | None = None
     """The one that the weights were loaded from."""
     unread = ()

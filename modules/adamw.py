@@ -53,8 +53,7 @@ def adamw_update(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: float, gro
 def stochastic_round(x: Tensor) -> Tensor:
     """float32 → bfloat16, up or down at random so that the expectation is x.
 
-    bfloat16 is the upper half of a float32: adding a uniform 16-bit number to the lower half carries into the upper
-    one with exactly the right probability.
+    bfloat16 is the upper half of a float32: a random 16-bit number added to the lower half carries as often as needed.
     """
     bits = x.view(torch.int32)
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device)

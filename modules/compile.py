@@ -1,17 +1,12 @@
-"""`torch.compile` in the two sizes that pay: a model's block, and a handful of memory-bound functions.
-
-The blocks of a model are alike, so one compilation serves all of them and takes seconds, not minutes.
-"""
+"""`torch.compile` where it pays: for a model's block, once for all blocks, and for a few memory-bound functions."""
 
 import functools
+import os
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 # bfloat16 between two operations is rounded where it would be without compilation: losses stay comparable.
 ROUND_ALIKE = {"emulate_precision_casts": True}
@@ -24,6 +19,16 @@ def enable_compile(on: bool) -> None:
     _enabled = on
 
 
+def runs_as_written(device: torch.device) -> bool:
+    """Whether the functions below become no kernels on this device."""
+    return device.type == "cpu" or not _enabled
+
+
+def expect_few_kernels() -> None:
+    """Before the compiler is imported: do without its pool of processes, which takes seconds to start and to end."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
 def compile_blocks(model: nn.Module) -> None:
     """Compile every block of the model in place; module names and state dict stay as they are."""
     # Every block adds entries to the same code object's cache; per-block differences must not exhaust the limit.
@@ -33,11 +38,11 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def compiled(function: Callable, *, any_length: bool = True) -> Callable:
-    """Make one GPU kernel (or two) of a function of tensors without autograd; on the CPU it runs as it is written.
+    """Compile a function of tensors without autograd into a GPU kernel or two; on the CPU it runs as it is written.
 
-    The first argument's first dimension, the number of tokens, is symbolic, here and wherever else it stands first:
-    another sequence length compiles nothing anew. The function is handed to torch.compile's backend directly; going
-    through torch.compile costs the host 0.1 ms per call, as much as such a kernel itself may take.
+    The first argument's first dimension, the number of tokens, is symbolic in all tensors that begin with it: another
+    sequence length compiles nothing. The function goes to torch.compile's backend directly; torch.compile itself would
+    cost the host 0.1 ms per call, as much as such a kernel may take.
     """
     kernels: dict[tuple, Callable] = {}
     seen: dict[tuple, Callable] = {}  # which of them serves arguments of exactly these shapes: found in 2 µs
@@ -67,7 +72,7 @@ def _kind(tensor: Tensor, tokens: int) -> tuple:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Numbers from a tensor's first to behind its last one, others between them included."""
+    """The span of a tensor's numbers in memory."""
     return max(tensor.numel(), tensor.shape[0] * tensor.stride(0) if tensor.ndim else 1)
 
 
@@ -76,9 +81,31 @@ def _build(function: Callable, args: tuple, tokens: int) -> Callable[[list[Tenso
 
     The function returns a tensor, a tuple of tensors, or None (the kernel's `()`).
     """
-    mode = FakeTensorMode(shape_env=ShapeEnv())
     constants = [None if isinstance(a, Tensor) else a for a in args]  # the kernel outlives the tensors
     is_tensor = [isinstance(a, Tensor) for a in args]
+
+    def of_tensors(*tensors):
+        waiting = iter(tensors)
+        return function(*(next(waiting) if own else c for own, c in zip(is_tensor, constants, strict=True)))
+
+    try:
+        return _compile(of_tensors, [a for a in args if isinstance(a, Tensor)], tokens)
+    except Exception as error:  # the compiler's inner entrance is not promised to stay as it is
+        warnings.warn(f"{function.__name__} goes through torch.compile ({error!r:.200})", stacklevel=2)
+        ordinary = torch.compile(of_tensors)
+        return lambda tensors: ordinary(*tensors)
+
+
+def _compile(function: Callable, tensors: list[Tensor], tokens: int) -> Callable[[list[Tensor]], Tensor | tuple]:
+    """Compile by the compiler's inner entrance, which wants the graph without mutations and decomposed."""
+    # Imports that take seconds: not before something is compiled.
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import compile_fx, decomposition
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
     alone = False
 
     def fake(tensor: Tensor) -> Tensor:
@@ -86,29 +113,17 @@ def _build(function: Callable, args: tuple, tokens: int) -> Callable[[list[Tenso
         dims = [DimDynamic.DYNAMIC if symbolic and i == 0 else DimDynamic.STATIC for i in range(tensor.ndim)]
         return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims))
 
-    def of_tensors(*tensors):
-        waiting = iter(tensors)
-        return function(*(next(waiting) if own else c for own, c in zip(is_tensor, constants, strict=True)))
-
     def as_tuple(*tensors):
         nonlocal alone
-        result = of_tensors(*tensors)
+        result = function(*tensors)
         alone = isinstance(result, Tensor)
         return (result,) if alone else result or ()
 
-    # The compiler's inner entrance. What torch.compile does around it for autograd makes a call half as long again.
-    # It wants writes to the arguments gathered at the graph's end, and operations in the compiler's own words.
-    try:
-        from torch._inductor import compile_fx, decomposition  # takes seconds: not before something is compiled
-
-        fakes = [fake(a) for a in args if isinstance(a, Tensor)]
-        functional = torch.func.functionalize(as_tuple, remove="mutations")
-        with mode, torch.no_grad():
-            graph = make_fx(functional, decomposition_table=decomposition.select_decomp_table())(*fakes)
+    fakes = [fake(tensor) for tensor in tensors]
+    functional = torch.func.functionalize(as_tuple, remove="mutations")
+    with mode, torch.no_grad():
+        graph = make_fx(functional, decomposition_table=decomposition.select_decomp_table())(*fakes)
+    with tracing(TracingContext(mode)):  # without it the compiler does not look into its cache on the disk
         # Without is_inference trying out configurations clones what a kernel overwrites: 0.75 GiB in a 1B's step.
         kernel = compile_fx.compile_fx_inner(graph, fakes, is_inference=True)
-        return (lambda tensors: kernel(tensors)[0]) if alone else kernel
-    except Exception as error:  # these entrances to the compiler are not promised to stay as they are
-        warnings.warn(f"{function.__name__} goes through torch.compile ({error!r:.200})", stacklevel=2)
-        whole = torch.compile(of_tensors)
-        return lambda tensors: whole(*tensors)
+    return (lambda tensors: kernel(tensors)[0]) if alone else kernel

@@ -1,17 +1,26 @@
 """Evaluation loss, and a sample of what the model writes, without keeping any logits."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modules.generation import generate
 from modules.loss import IGNORE_INDEX, linear_cross_entropy
 
 
 @torch.no_grad()
-def evaluate_loss(model: nn.Module, batches: Iterable, device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
-    """Mean cross entropy per target token over all batches, and the number of those tokens."""
+def evaluate_loss(
+    model: nn.Module,
+    batches: Iterable,
+    device: torch.device,
+    dtype: torch.dtype,
+    loss_fn: Callable[..., Tensor] = linear_cross_entropy,
+) -> tuple[float, int]:
+    """Mean loss per target token over all batches, and the number of those tokens.
+
+    `loss_fn(hidden, model, targets, index=...)` returns the sum over a batch, as `linear_cross_entropy` does.
+    """
     training = model.training
     model.eval()
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -19,7 +28,7 @@ def evaluate_loss(model: nn.Module, batches: Iterable, device: torch.device, dty
         batch = batch.to(device, dtype)
         images = {} if batch.images is None else {"images": batch.images}
         hidden = model(batch.input_ids, batch.layout, **images)
-        total += linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index)
+        total += loss_fn(hidden, model, batch.targets, index=batch.target_index)
         tokens += batch.target_tokens
     model.train(training)
     return (total / tokens).item(), tokens
@@ -28,7 +37,7 @@ def evaluate_loss(model: nn.Module, batches: Iterable, device: torch.device, dty
 def sample_completion(
     model: nn.Module, dataset, tokenizer, stop_ids: set[int], max_new_tokens: int = 64
 ) -> dict[str, str]:
-    """Greedy completion of the first row: its `prompt` (all before the first target), `completion` and `expected`."""
+    """Greedy completion of the first row: its `prompt` (up to the first target), `completion` and `expected`."""
     virtual = dataset.report.virtual_tokens  # `generate` puts them in front itself
     input_ids, targets = (tensor[virtual:].tolist() for tensor in dataset[0])
     first = next(i for i, target in enumerate(targets) if target != IGNORE_INDEX)

@@ -16,14 +16,18 @@ ACTIVATIONS = {
 
 
 class FeedForward(nn.Module):
-    """down(act(gate(x)) · up(x)): [.., D] → [.., F] → [.., D]."""
+    """down(act(gate(x)) · up(x)): [.., D] → [.., F] → [.., D].
 
-    def __init__(self, dim: int, hidden_dim: int, *, activation: str = "silu", bias: bool = False):
+    `config`: hidden_size, intermediate_size, hidden_act, mlp_bias.
+    """
+
+    def __init__(self, config):
         super().__init__()
+        dim, hidden_dim, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

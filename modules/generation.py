@@ -30,10 +30,9 @@ def generate(
 ) -> list[list[int]]:
     """New token ids for each prompt, up to and including the first of `stop_ids`; temperature 0 is greedy.
 
-    `images` stand in the prompts (`place_images(prompts, ...)`); with a cache, only the first pass sees them. A model
-    with virtual tokens (modules/adapters/virtual_tokens.py) gets them in front of every prompt.
-
-    Raises ValueError for an empty prompt or one that leaves no room in the model's positions.
+    `images` stand in the prompts (`place_images(prompts, ...)`). A model with virtual tokens
+    (modules/adapters/virtual_tokens.py) gets them in front of every prompt. Raises ValueError for a prompt that is
+    empty or too long for the model.
     """
     if not prompts or not all(prompts):
         raise ValueError("the prompt is empty and this tokenizer adds no BOS token: give at least one token")
@@ -46,7 +45,7 @@ def generate(
 
     training = model.training
     model.eval()
-    weight = model.lm_head.weight
+    weight = model.head.weight
     device, dtype = weight.device, weight.dtype
     B = len(prompts)
     tokens_BT = torch.zeros(B, longest + max_new_tokens, dtype=torch.long)

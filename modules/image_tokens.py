@@ -1,8 +1,7 @@
 """Where a batch's images go among its tokens.
 
-An image takes as many places in a row as the vision tower makes features of it; there the row holds the image token.
-Where a large image is cut into tiles, each of these is an image here. Which places these are is found on the CPU in
-collation, so that nothing in the step has to look at token ids.
+An image takes one place in a row, an image token, for each of its features. Each tile of a large image is an image
+here. The places are found on the CPU in collation, so that nothing in the step has to look at token ids.
 
 B batch, T tokens, D model.
 """
@@ -18,17 +17,16 @@ from torch import Tensor
 class Images:
     """The images of a batch, in the order in which they appear in it, row by row. Made by `place_images`."""
 
-    pixel_values: Tensor
-    """[images, C, S, S]."""
-    positions: Tensor
-    """[2, image tokens] int64, row and column: the same whatever length the rows are padded to."""
+    pixel_values: Tensor  # [images (tiles), C, S, S] float32, in the order of their tokens
+    positions: Tensor  # [2, image tokens] int64, row and column: the same whatever length the rows are padded to
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> "Images":
         """On the device, ready for a model that computes in `dtype`."""
-        moved = (self.pixel_values.to(dtype), self.positions)
+        pixel_values, positions = self.pixel_values, self.positions
         if device.type == "cuda":
-            moved = (tensor.pin_memory() for tensor in moved)
-        return Images(*(tensor.to(device, non_blocking=True) for tensor in moved))
+            pixel_values, positions = pixel_values.pin_memory(), positions.pin_memory()
+        moved = pixel_values.to(device, non_blocking=True).to(dtype)
+        return Images(moved, positions.to(device, non_blocking=True))
 
 
 def place_images(
@@ -53,8 +51,8 @@ def place_images(
 def put_features(hidden_BTD: Tensor, features: Tensor, positions: Tensor) -> Tensor:
     """`hidden` with `features` [images, tokens per image, D] in the places `positions`; [B, T, D]."""
     if features.shape[0] * features.shape[1] != positions.shape[1]:
+        images, each, _ = features.shape
         raise ValueError(
-            f"{features.shape[0]} images make {features.shape[0] * features.shape[1]} features, "
-            f"expected {positions.shape[1]}, one for each image token"
+            f"{images} images make {images * each} features, expected {positions.shape[1]}, one per image token"
         )
     return hidden_BTD.index_put(tuple(positions), features.flatten(0, 1).to(hidden_BTD.dtype))

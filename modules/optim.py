@@ -7,7 +7,6 @@ from torch import nn
 
 from modules.adamw import StochasticRoundingAdamW
 
-SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adamw-8bit", "adamw-host")
 
 
@@ -40,11 +39,11 @@ def build_optimizer(
 
     adamw       8 bytes of state per parameter, in float32 on the parameter's device
     adamw-8bit  2 bytes, quantised (modules/memory/optim_8bit.py)
-    adamw-host  8 bytes of host memory, none on the card; every step moves them there and back (optim_host.py)
+    adamw-host  8 bytes of host memory, none on the card (modules/memory/optim_host.py)
 
-    bfloat16 parameters are updated with stochastic rounding, by all three. `groups` divides the parameters, each group
-    with its `params` by name and its `lr` (LoRA+) or the `lr_ratio` that a recipe's loop reads. Raises ValueError for
-    an unknown name, a learning rate that is not positive, or if torchao is missing.
+    bfloat16 parameters are updated with stochastic rounding, by all three. `groups` divides the parameters: `params` by
+    name, and `lr` (LoRA+) or the `lr_ratio` that a recipe's loop reads. Raises ValueError for a bad name or learning
+    rate, or if torchao is missing.
     """
     check_lr(lr)
     groups = [

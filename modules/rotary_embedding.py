@@ -1,8 +1,7 @@
 """Rotary position embedding (arXiv:2104.09864) and the four ways Llama checkpoints stretch it to longer texts.
 
 The pair (x_i, x_{i+H/2}) of a head is rotated by the angle position · frequency_i ("rotate half", the layout of
-Hugging Face checkpoints). Attention then sees relative positions only. What the scaling types change is the table
-of frequencies; `dynamic` changes it with the length of the text.
+Hugging Face checkpoints). The scaling types change the frequencies; `dynamic` does so with the length of the text.
 
 B batch, T tokens, N heads, H head dim.
 """
@@ -18,8 +17,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 def rope_parameters(config: dict) -> dict:
     """Read a config.json's rotary settings in either spelling into one dict with `rope_type` and `rope_theta`.
 
-    transformers 5 writes `rope_parameters`; older files have `rope_theta` beside `rope_scaling`, whose key is `type`
-    or `rope_type`. Raises ValueError for a type that is not one of ROPE_TYPES.
+    transformers 5 writes `rope_parameters`, older versions `rope_theta` and `rope_scaling`. ValueError for a bad type.
     """
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope["rope_type"] = rope.pop("rope_type", None) or rope.get("type") or "default"
@@ -32,11 +30,9 @@ def rope_parameters(config: dict) -> dict:
     if rope["rope_type"] in ("llama3", "yarn"):
         trained = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
         rope["original_max_position_embeddings"] = trained or config.get("max_position_embeddings", 2048)
-    required = {
-        "linear": ["factor"],
-        "dynamic": ["factor"],
-        "llama3": ["factor", "low_freq_factor", "high_freq_factor"],
-    }.get(rope["rope_type"], [])
+    required = ["factor"] if rope["rope_type"] in ("linear", "dynamic", "llama3") else []
+    if rope["rope_type"] == "llama3":
+        required += ["low_freq_factor", "high_freq_factor"]
     if missing := [key for key in required if rope.get(key) is None]:
         raise ValueError(f"rope type {rope['rope_type']!r} in config.json lacks {', '.join(missing)}")
     return rope

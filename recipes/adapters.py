@@ -7,11 +7,9 @@
     python recipes/adapters.py convert --adapter runs/lora/adapter --dtype bfloat16 --output small
     python recipes/adapters.py merge --model BASE --adapter runs/lora/adapter --output merged
 
-Folders are in PEFT's format, both ways. Standard output carries one JSON object. What `combine` computes is in
-lora_combine.py. `convert` is exact, up to rounding, for LoRA and what is saved as such (LoRA+, LoRA-FA, EVA,
-our PiSSA, OLoRA and LoftQ), for rsLoRA, for PiSSA and OLoRA as peft saves them, and for VeRA. The change of DoRA and
-(IA)³ has full rank: the best approximation of a given rank takes its place, and its error is reported, as is that of a
-`--rank` below the adapter's own. `merge` is recipes/merge.py.
+Folders are in PEFT's format, both ways. Standard output carries one JSON object. What `combine` computes is
+explained in lora_combine.py, what `convert` computes in lora_convert.py. Where a plain LoRA is only an approximation,
+its error is reported. `merge` is recipes/merge.py.
 """
 
 import json
@@ -20,10 +18,13 @@ import shutil
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+# First: Ctrl-C during the slow imports below then prints no traceback.
+from checkpointing.errors import clear_errors, say  # isort: split
 
 import torch
 import tyro
@@ -32,20 +33,19 @@ from tqdm import tqdm
 
 from checkpointing.adapters import load_adapter, read_adapter, read_folder, write_adapter
 from checkpointing.atomic import atomic_folder, check_vacant
-from checkpointing.errors import clear_errors, say
 from checkpointing.pretrained import COMPANIONS, WeightFiles, find_checkpoint, map_weights, read_config
 from models import build_model
 from modules.adapters.lora_combine import COMBINATIONS, combine
 from modules.adapters.lora_peft import config_of, factor_names, read_layers
 from modules.adapters.methods import method_of
 from modules.adapters.methods.lora_convert import change_of, fit
-from modules.adapters.peft_names import PREFIX
+from modules.adapters.peft_names import PREFIX, targets_of
 from modules.adapters.switch import adapted_layers
 from modules.device import DTYPES, pick_device
 from recipes import merge
 
 LORA = ("lora_A", "lora_B")
-BESIDE = ("modules_to_save", "trainable_token_indices")  # what peft allows beside them
+BESIDE = ("modules_to_save", "trainable_token_indices")  # what peft allows besides them
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Combine:
     combination: Literal[COMBINATIONS] = "cat"
     """How; cat is the weighted sum itself, svd the closest to it of a given rank."""
     rank: int | None = None
-    """Of the result, for svd and its kin; default: the largest of the adapters'."""
+    """Of the result, for svd and the *_svd combinations; default: the largest of the adapters'."""
     density: float | None = None
     """The share of entries that ties, dare and magnitude_prune keep."""
     majority: Literal["total", "frequency"] = "total"
@@ -109,10 +109,9 @@ Config = (
 @torch.no_grad()
 def main(cfg: Inspect | Combine | Convert | merge.Config) -> None:
     if isinstance(cfg, merge.Config):
-        merge.main(cfg)
-    else:
-        report = {Inspect: inspect_folder, Combine: combine_folders, Convert: convert_folder}[type(cfg)](cfg)
-        print(json.dumps(report, indent=2))
+        return merge.main(cfg)
+    report = {Inspect: inspect_folder, Combine: combine_folders, Convert: convert_folder}[type(cfg)](cfg)
+    print(json.dumps(report, indent=2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +143,7 @@ def inspect_folder(cfg: Inspect) -> dict:
 
 
 def split(key: str) -> tuple[str, str]:
-    """A tensor's module, and what it is there: everything from the method's own word on."""
+    """A tensor's module, and its name there: everything from the method's prefix on."""
     for word in (".lora_", ".vera_", ".ia3_", ".ln_tuning_layers", ".adapter.", ".token_adapter."):
         if word in key:
             module, _, rest = key.partition(word)
@@ -175,7 +174,7 @@ def describe_kind(config: dict, modules: dict[str, dict[str, Tensor]]) -> dict:
 
 
 def plain(config: dict) -> dict:
-    """The config as that of a LoRA, whatever beside A and B it says."""
+    """The config as that of a plain LoRA."""
     return config | {"use_dora": False, "init_lora_weights": True, **dict.fromkeys(BESIDE)}
 
 
@@ -200,7 +199,8 @@ def combine_folders(cfg: Combine) -> dict:
     bases = [config.get("base_model_name_or_path") for config in configs]
     if len(set(bases)) > 1:
         say(f"the adapters name different bases, {', '.join(map(str, bases))}: the result is for the first")
-    write(cfg.output, cfg.adapters[0], settings, tensors, targets_of(configs, settings), DTYPES[cfg.dtype])
+    config = config_of(settings, targets_of(configs, settings))
+    write(cfg.output, cfg.adapters[0], bases[0], config, by_peft_name(tensors, DTYPES[cfg.dtype]))
     return {"combination": cfg.combination, "weights": cfg.weights} | sizes(settings)
 
 
@@ -213,11 +213,11 @@ def convert_folder(cfg: Convert) -> dict:
     if cfg.rank is not None and cfg.rank < 1:
         raise ValueError(f"--rank {cfg.rank} must be at least 1")
     config, tensors = read_folder(cfg.adapter)
-    method, device, errors = method_of(config), pick_device(cfg.device), {}
-    beside = {key: t for key, t in tensors.items() if not any(word in key for word in (".lora_", "vera_", ".ia3_"))}
-    settings, new, layers = {}, {}, {}
+    method, device = method_of(config), pick_device(cfg.device)
+    others = {key: t for key, t in tensors.items() if not any(word in key for word in (".lora_", "vera_", ".ia3_"))}
+    settings, new, layers, errors = {}, {}, {}, defaultdict(list)  # errors: by kind of module
     if method in ("lora", "rslora", "loftq"):
-        settings, new = read_layers(plain(config), {key: t for key, t in tensors.items() if key not in beside})
+        settings, new = read_layers(plain(config), {key: t for key, t in tensors.items() if key not in others})
         if method == "loftq":
             say("LoftQ: the result belongs to the quantised base, as the adapter did")
     else:
@@ -234,21 +234,20 @@ def convert_folder(cfg: Convert) -> dict:
         if (rank := cfg.rank or (config.get("r") if full else len(change[0]))) is None:
             raise ValueError(f"the change of {method} has full rank: say which --rank is to stand for it, 32 perhaps")
         if cut := full or rank < len(change[0]):
-            *change, lost, whole = fit(change, rank)
-            errors[name] = (lost * scale, whole * scale)
+            *change, lost, total = fit(change, rank)
+            errors[name.rpartition(".")[2]].append((lost * scale, total * scale))
         if cut or name not in settings:
             settings[name] = {"rank": len(change[0]), "alpha": scale * len(change[0])}
         new |= zip(keys, (factor.cpu() for factor in change), strict=True)
     dtype = next(iter(tensors.values())).dtype if cfg.dtype == "auto" else DTYPES[cfg.dtype]
     fields = {key: config[key] for key in BESIDE if config.get(key)}
-    write(cfg.output, cfg.adapter, settings, new, targets_of([config], settings), dtype, beside, fields)
+    new_config = config_of(settings, targets_of([config], settings)) | fields
+    base = config.get("base_model_name_or_path")
+    write(cfg.output, cfg.adapter, base, new_config, by_peft_name(new, dtype) | others)
     report = {"method": method, "to": "lora", "exact": not errors} | sizes(settings)
     if errors:
-        kinds = defaultdict(list)
-        for name, error in errors.items():
-            kinds[name.rpartition(".")[2]].append(error)
-        report["relative_error"] = relative(errors.values())
-        report["relative_error_of"] = {kind: relative(pairs) for kind, pairs in kinds.items()}
+        report["relative_error"] = relative(chain(*errors.values()))
+        report["relative_error_of"] = {kind: relative(pairs) for kind, pairs in errors.items()}
     return report
 
 
@@ -267,41 +266,26 @@ def adapted_by(cfg: Convert, method: str) -> dict[str, nn.Module]:
 
 def relative(pairs) -> float:
     """√(Σ ‖Δ - B A‖² / Σ ‖Δ‖²)."""
-    lost, whole = (sum(value**2 for value in values) for values in zip(*pairs, strict=True))
-    return (lost / whole) ** 0.5 if whole else 0.0
+    lost, total = (sum(value**2 for value in values) for values in zip(*pairs, strict=True))
+    return (lost / total) ** 0.5 if total else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Both
 
 
-def write(
-    output: Path,
-    source: Path,
-    settings: dict[str, dict],
-    tensors: dict[str, Tensor],
-    targets: list[str] | str,
-    dtype: torch.dtype,
-    beside: dict[str, Tensor] | None = None,
-    fields: dict | None = None,
-) -> None:
-    """A LoRA folder, with the files that lie beside the source's tensors: tokenizer and template."""
-    named = {f"{PREFIX}{key}": tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
-    base = read_folder(source)[0].get("base_model_name_or_path")
+def by_peft_name(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {f"{PREFIX}{key}": tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+
+
+def write(output: Path, source: Path, base: str | None, config: dict, tensors: dict[str, Tensor]) -> None:
+    """A LoRA folder, with the other files of the source's folder: tokenizer and template."""
     with atomic_folder(output) as target:
-        write_adapter(target, config_of(settings, targets) | (fields or {}), named | (beside or {}), base=base)
+        write_adapter(target, config, tensors, base=base)
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
     say(f"adapter in {output}")
-
-
-def targets_of(configs: list[dict], settings: dict[str, dict]) -> list[str] | str:
-    """What PEFT must be told to adapt these modules: what it was told, where that is one thing, or their full names."""
-    told = [config.get("target_modules") for config in configs]
-    narrowed = any(config.get(key) for config in configs for key in ("layers_to_transform", "exclude_modules"))
-    same = all(isinstance(t, str | list) and sorted(t) == sorted(told[0]) for t in told)
-    return told[0] if same and not narrowed else sorted(settings)
 
 
 def sizes(settings: dict[str, dict]) -> dict:

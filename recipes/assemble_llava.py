@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+# First: Ctrl-C during the slow imports below then prints no traceback.
+from checkpointing.errors import clear_errors, say  # isort: split
 
 import torch
 import tyro
@@ -23,15 +25,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpointing.atomic import atomic_folder, check_vacant
-from checkpointing.errors import clear_errors, say
 from checkpointing.export import check_export, write_companions, write_weights
 from checkpointing.pretrained import WeightFiles, check_names, find_checkpoint, on_disk, read_config
 from checkpointing.safetensors_file import spec_bytes
 from data.chat.contents import PLACEHOLDER
 from data.chat.formats import TEMPLATES
 from data.chat.templates import load_chat_template
-from data.images.load import load_image_processor
-from data.tokenizers.added_tokens import read_json
+from data.images.load import load_image_processor, read_processor
 from data.tokenizers.load import Tokenizer, load_tokenizer
 from data.tokenizers.new_tokens import add_tokens, save_tokenizer
 from models import build_model
@@ -67,18 +67,18 @@ class Config:
 
 def main(cfg: Config) -> None:
     check_vacant(cfg.output)
-    eye, mouth = find_checkpoint(cfg.vision_tower), find_checkpoint(cfg.language_model)
-    vision_config, text_config = read_config(eye), read_config(mouth)
+    vision_folder, text_folder = find_checkpoint(cfg.vision_tower), find_checkpoint(cfg.language_model)
+    vision_config, text_config = read_config(vision_folder), read_config(text_folder)
     vision, text = build_model(vision_config), build_model(text_config)  # for their names
     for flag, folder, model, kind in (
-        ("--vision-tower", eye, vision, CLIPVisionModel),
-        ("--language-model", mouth, text, LlamaForCausalLM),
+        ("--vision-tower", vision_folder, vision, CLIPVisionModel),
+        ("--language-model", text_folder, text, LlamaForCausalLM),
     ):
         if not isinstance(model, kind):
             raise ValueError(f"{flag} {folder} holds a {type(model).__name__}, expected a {kind.__name__}")
 
     # The tokenizer, and as many rows as it needs.
-    tokenizer, template, pad_id = tokenizer_with_image(mouth, cfg.chat_format)
+    tokenizer, template, pad_id = tokenizer_with_image(text_folder, cfg.chat_format)
     image_token = tokenizer.special_tokens[PLACEHOLDER]
     vocab_size = max(text.config.vocab_size, -(-tokenizer.vocab_size // ROWS) * ROWS)
 
@@ -101,16 +101,16 @@ def main(cfg: Config) -> None:
     generator = torch.Generator().manual_seed(cfg.seed)
     projector = model.projector.to_empty(device="cpu")
     projector.init_weights(model.config.text.initializer_range, generator)
-    eye_weights, mouth_weights = WeightFiles(eye), WeightFiles(mouth)
-    eye_layout, mouth_layout = check_names(vision, eye_weights), check_names(text, mouth_weights)
+    vision_weights, text_weights = WeightFiles(vision_folder), WeightFiles(text_folder)
+    vision_names, text_names = check_names(vision, vision_weights), check_names(text, text_weights)
 
     def read(name: str) -> Tensor:
         part = model.part_of(name)
         if part == "projector":
             return model.get_parameter(name).detach()
         if part == "vision":
-            return eye_weights.read(on_disk(name.removeprefix(f"{model.parts['vision']}."), eye_layout))
-        tensor = mouth_weights.read(on_disk(name_in_language_model(model, name), mouth_layout))
+            return vision_weights.read(on_disk(name.removeprefix(f"{model.parts['vision']}."), vision_names))
+        tensor = text_weights.read(on_disk(name_in_language_model(model, name), text_names))
         rows = model.get_parameter(name).shape[0] - tensor.shape[0]
         if not rows:
             return tensor
@@ -118,9 +118,9 @@ def main(cfg: Config) -> None:
         return torch.cat([tensor, mean.expand(rows, -1)])
 
     names = [name for name, _ in model.named_parameters()]  # a tied head is the embedding
-    first = mouth_weights.read(mouth_weights.names()[0])
+    first = text_weights.read(text_weights.names()[0])
     dtype = first.dtype if cfg.dtype == "auto" else DTYPES[cfg.dtype]
-    ours = {on_disk(name, model.layouts[0]): name for name in names}
+    ours = {on_disk(name, model.names_on_disk[0]): name for name in names}
     specs = [(file, tuple(model.get_parameter(name).shape), dtype) for file, name in ours.items()]
     cfg.output.parent.mkdir(parents=True, exist_ok=True)
     check_export(cfg.output.parent, sum(spec_bytes(spec) for spec in specs))
@@ -131,9 +131,9 @@ def main(cfg: Config) -> None:
             return read(ours[file]).to(dtype)
 
         write_weights(target, specs, stored)
-        write_companions(target, config, mouth, dtype=dtype, chat_template=template)
-        save_tokenizer(target, tokenizer, mouth)
-        write_processor(target, eye, model, config)
+        write_companions(target, config, text_folder, dtype=dtype, chat_template=template)
+        save_tokenizer(target, tokenizer, text_folder)
+        write_processor(target, vision_folder, model, config)
     say(f"{cfg.output}: {PLACEHOLDER} is token {image_token}, an image takes {config['image_seq_length']} of them")
 
 
@@ -150,12 +150,9 @@ def tokenizer_with_image(folder: Path, chat_format: str) -> tuple[Tokenizer, str
     return longer, own.source if own else TEMPLATES["llava"], longer.pad_id
 
 
-def write_processor(folder: Path, eye: Path, model: VisionLanguageModel, config: dict) -> None:
-    """CLIP's image processor, and what transformers' LlavaProcessor needs to know beside it."""
-    nested = read_json(eye / "processor_config.json").get("image_processor")
-    images = nested or read_json(eye / "preprocessor_config.json")
-    if not images:
-        raise ValueError(f"no image processor in {eye}: looked for preprocessor_config.json and processor_config.json")
+def write_processor(folder: Path, vision_folder: Path, model: VisionLanguageModel, config: dict) -> None:
+    """CLIP's image processor, and what transformers' LlavaProcessor needs to know besides."""
+    _, images = read_processor(vision_folder)
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": PLACEHOLDER,

@@ -1,14 +1,14 @@
-"""Measures this machine: its ceilings, then how close to them fine-tuning comes, and how little memory it can do with.
+"""Measure this machine: its peak rates, how close to them fine-tuning comes, and how little memory it needs.
 
     python recipes/benchmark.py --output results.json
     python recipes/benchmark.py --output results.json --parts longest --fit-lengths --confirm-gib 24
     python recipes/benchmark.py --table results.json
     python recipes/benchmark.py --output dry.json --device cpu --tiny --steps 2
 
-Models have the real shapes and random weights made on the device: nothing is downloaded. Every measurement is in the
-file as soon as it is done, with its settings, and measuring it again replaces it; so parts can be run one by one. The
-last lines printed are tables in markdown; memory.svg, beside the file, shows memory against sequence length. How tokens
-and memory are counted stands at the top of recipes/benchmarks/measure.py.
+Models have real shapes and random weights made on the device: nothing is downloaded. Every measurement is saved with
+its settings as soon as it is done, and measuring it again replaces it, so parts can be run one by one. At the end come
+tables in markdown and memory.svg, memory against sequence length, next to the output file. The top of
+recipes/benchmarks/measure.py says how tokens and memory are counted.
 """
 
 import os
@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+# First: Ctrl-C during the slow imports below then prints no traceback.
+from checkpointing.errors import clear_errors  # isort: split
+
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # read when CUDA starts; long sequences need memory without holes
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -28,15 +31,15 @@ import json
 import torch
 import tyro
 
-from checkpointing.errors import clear_errors
 from modules.device import pick_device, pick_dtype
 from recipes.benchmarks import peers, vlm
+from recipes.benchmarks.card import attempt
 from recipes.benchmarks.ceilings import MEASUREMENTS, Clock
-from recipes.benchmarks.measure import Machine, Row, attempt, build_and_train, shared_model
-from recipes.benchmarks.report import Results, draw_memory, fit_memory, tables
+from recipes.benchmarks.measure import Machine, Row, activation_modes, build_and_train, shared_model
+from recipes.benchmarks.report import Results, fit_memory, in_short, report
 
 Part = Literal["ceilings", "speed", "peers", "rungs", "longest", "small", "full", "vlm"]
-RUNG_STEPS = 20
+COMPARED_STEPS = 20
 TINIER = 64  # --tiny divides sequence lengths by this
 # What is compared between tools: model, method, batch × length.
 COLUMNS = (
@@ -53,9 +56,9 @@ class Config:
     output: Path = Path("benchmark.json")
     """Results; added to if it exists."""
     parts: tuple[Part, ...] = get_args(Part)
-    """ceilings: what the hardware can do. speed: every rung at five shapes. peers: other tools at these shapes.
-    rungs: do all of them train alike? longest: memory against sequence length. small: 8B and 70B under small caps.
-    full: every weight trained. vlm: LLaVA-1.5-7B, an image in each row."""
+    """ceilings: what the hardware can do. speed: all activation checkpointing modes at five shapes. peers: other tools
+    at these shapes. rungs: do all modes train alike? longest: memory against sequence length. small: 8B and 70B under
+    small caps. full: every weight trained. vlm: LLaVA-1.5-7B, an image in each row."""
     only: tuple[str, ...] = ()
     """All but longest: only rows whose printed line contains one of these texts (2x2048, fast)."""
     steps: int = 13
@@ -69,15 +72,15 @@ class Config:
     quantize_head: bool = False
     """speed, longest, small, vlm: with NF4 weights the head is in 4 bits, too."""
     cap_gib: tuple[float, ...] = (8, 12, 16, 24)
-    """longest: card sizes for which to say the longest sequence."""
+    """longest: card sizes for which to compute the longest sequence."""
     fit_lengths: tuple[int, ...] = (16384, 32768, 65536)
-    """longest: sequence lengths measured for the straight line; none: take those in the file."""
+    """longest: sequence lengths to which a line is fitted; none: those in the file."""
     confirm_gib: tuple[float, ...] = ()
     """longest: caps under which to run one step at the length that the line gives."""
     confirm_length: tuple[int, ...] = ()
     """longest: lengths to run instead, one per --confirm-gib."""
     table: Path | None = None
-    """Measure nothing; print this file's tables and draw memory.svg beside it."""
+    """Measure nothing; print this file's tables and draw memory.svg next to it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 …"""
     tiny: bool = False
@@ -109,7 +112,7 @@ def main(cfg: Config) -> None:
 
 def measure_ceilings(cfg: Config, machine: Machine, results: Results) -> None:
     for measurement in MEASUREMENTS:
-        figures = attempt(machine, measurement, Clock(machine))
+        figures = attempt(machine.device, measurement, Clock(machine))
         if reason := figures.pop("failed", None):
             figures = {f"{measurement.__name__}_failed": reason}
         results.put("ceilings", figures)
@@ -118,20 +121,16 @@ def measure_ceilings(cfg: Config, machine: Machine, results: Results) -> None:
 
 
 def measure_speed(cfg: Config, machine: Machine, results: Results) -> None:
-    """Every rung of the hand-written blocks; at 2,048 tokens also the plain modules, compiled."""
+    """Every checkpointing mode of the fused blocks; at 2,048 tokens also the plain modules, compiled."""
     for column in COLUMNS:
         if not machine.config(column.preset).get("tie_word_embeddings"):
             head = cfg.quantize_head and column.quantize == "nf4"
             column = replace(column, embedding=cfg.embedding, quantize_head=head)
-        rows = [replace(column, activations=rung) for rung in ("fast", "lean", "offload")]
-        rows += [replace(column, activations="offload", activations_gib=gib) for gib in cfg.activations_gib]
-        if cfg.activations_host_gib:
-            offloaded = [row for row in rows if row.activations == "offload"]
-            rows += [replace(row, activations_host_gib=cfg.activations_host_gib) for row in offloaded]
+        rows = activation_modes(column, cfg.activations_gib, cfg.activations_host_gib)
         if column.length == 2048:
-            rows += [replace(column, activations=rung, fused=False) for rung in ("none", "fast", "lean")]
+            rows += [replace(column, activations=mode, fused=False) for mode in ("none", "fast", "lean")]
         for row in wanted(rows, cfg, machine):
-            add(results, "speed", row, attempt(machine, build_and_train, row, machine, steps=cfg.steps))
+            add(results, "speed", row, attempt(machine.device, build_and_train, row, machine, steps=cfg.steps))
 
 
 def measure_peers(cfg: Config, machine: Machine, results: Results) -> None:
@@ -150,20 +149,20 @@ def measure_peers(cfg: Config, machine: Machine, results: Results) -> None:
             print(f"peers: {row.column}, {peer.name}: {in_short(figures)}", flush=True)
 
 
-def measure_rungs(cfg: Config, machine: Machine, results: Results) -> None:
-    """Steps on one batch from the same weights: losses beside those of the plain modules that keep everything."""
+def measure_modes(cfg: Config, machine: Machine, results: Results) -> None:
+    """Steps on one batch from the same weights: every mode's losses against those of the plain modules."""
     reference = Row("llama-3.2-1b", 4, 2048, activations="none", fused=False, compile=False)
     rows = [reference]
     for fused in (True, False):
-        rungs = ("none", "fast", "lean", "offload")
-        rows += [replace(reference, activations=rung, fused=fused, compile=True) for rung in rungs]
-    by_hand = replace(reference, activations="offload", fused=True, compile=True)
-    rows += [replace(by_hand, activations_host_gib=16), replace(by_hand, weights="stream")]
+        modes = ("none", "fast", "lean", "offload")
+        rows += [replace(reference, activations=mode, fused=fused, compile=True) for mode in modes]
+    in_blocks = replace(reference, activations="offload", fused=True, compile=True)
+    rows += [replace(in_blocks, activations_host_gib=16), replace(in_blocks, weights="stream")]
     if cfg.only:
         cfg = replace(cfg, only=(*cfg.only, reference.way))
     expected = None
     for row in wanted(rows, cfg, machine):
-        figures = attempt(machine, build_and_train, row, machine, steps=RUNG_STEPS, lr=2e-4)
+        figures = attempt(machine.device, build_and_train, row, machine, steps=COMPARED_STEPS, lr=2e-4)
         losses = figures.get("losses")
         if row.way == reference.way:
             expected = losses
@@ -174,7 +173,7 @@ def measure_rungs(cfg: Config, machine: Machine, results: Results) -> None:
 
 
 def measure_longest(cfg: Config, machine: Machine, results: Results) -> None:
-    """One full step, optimizer included, of 8B QLoRA with everything in host memory that can be there."""
+    """One full step, optimizer included, of 8B QLoRA with everything in host memory that can be."""
     common = dict(activations="offload", weights="stream", embedding="host", optimizer="adamw-host")
     row = Row("llama-3.1-8b", 1, 0, quantize="nf4", quantize_head=cfg.quantize_head, rank=32, **common)
     (row,) = shrink([row], machine)
@@ -195,19 +194,18 @@ def measure_longest(cfg: Config, machine: Machine, results: Results) -> None:
 
 
 def measure_small(cfg: Config, machine: Machine, results: Results) -> None:
-    """Models larger than the card: weights streamed under a cap, beside resident ones without."""
+    """Models larger than the card: weights streamed under a cap, compared with resident ones without."""
     common = dict(quantize="nf4", quantize_head=cfg.quantize_head, embedding="host")
     common |= dict(activations="offload", optimizer="adamw-host")
     small = Row("llama-3.1-8b", 1, 2048, weights="stream", cap_gib=4, **common)
     for row in wanted([small], cfg, machine):
-        add(results, "small", row, attempt(machine, build_and_train, row, machine, steps=cfg.steps))
+        add(results, "small", row, attempt(machine.device, build_and_train, row, machine, steps=cfg.steps))
     for weights in ("stream", "resident"):
+        caps = (8, 12) if weights == "stream" else (None, None)
         rows = [
             Row("llama-3.3-70b", 1, length, weights=weights, cap_gib=cap, **common)
-            for length, cap in ((4096, 8), (16384, 12))
+            for length, cap in zip((4096, 16384), caps, strict=True)
         ]
-        if weights == "resident":
-            rows = [replace(row, cap_gib=None) for row in rows]
         if not (rows := wanted(rows, cfg, machine)):
             continue
         measure = shared_model(rows[0], machine)
@@ -226,17 +224,15 @@ def measure_full(cfg: Config, machine: Machine, results: Results) -> None:
         Row("llama-3.2-1b", 4, 2048, activations="offload", optimizer="adamw-host", **common),
     ]
     for row in wanted(rows, cfg, machine):
-        add(results, "full", row, attempt(machine, build_and_train, row, machine, steps=min(cfg.steps, 8)))
+        add(results, "full", row, attempt(machine.device, build_and_train, row, machine, steps=min(cfg.steps, 8)))
 
 
 def measure_vlm(cfg: Config, machine: Machine, results: Results) -> None:
-    """Speed and memory, the longest sequence, and whether decoding images hides behind the work."""
-    options = dict(steps=cfg.steps, budgets=cfg.activations_gib, host_gib=cfg.activations_host_gib)
-    options |= dict(embedding=cfg.embedding, head=cfg.quantize_head)
-    for settings, measurement in vlm.measurements(machine, **options):
+    """Speed and memory, the longest sequence, and whether the GPU waits for decoded images."""
+    for settings, measurement in vlm.measurements(cfg, machine):
         name = settings["name"]
         if is_wanted(name, cfg):
-            figures = attempt(machine, measurement)
+            figures = attempt(machine.device, measurement)
             results.add("vlm", settings, figures)
             idle = f", GPU idle {figures['idle_share']:.1%}" if "idle_share" in figures else ""
             print(f"vlm: {name}: {in_short(figures)}{idle}", flush=True)
@@ -246,7 +242,7 @@ PARTS: dict[Part, Callable[[Config, Machine, Results], None]] = {
     "ceilings": measure_ceilings,
     "speed": measure_speed,
     "peers": measure_peers,
-    "rungs": measure_rungs,
+    "rungs": measure_modes,
     "longest": measure_longest,
     "small": measure_small,
     "full": measure_full,
@@ -278,19 +274,6 @@ def add(results: Results, part: Part, row: Row, figures: dict) -> None:
     print(f"{part}: {row.column}, {row.way}, {row.weights} weights: {in_short(figures)}", flush=True)
 
 
-def in_short(figures: dict) -> str:
-    if "failed" in figures:
-        return figures["failed"]
-    memory = [
-        f"{name.split('_')[0]} {figures[name]} GiB"
-        for name in ("peak_gib", "card_gib", "host_gib")
-        if figures.get(name)
-    ]
-    return ", ".join(
-        [f"{figures['tokens_per_second']:,.0f} tokens/s", *memory, f"first step {figures['first_step_seconds']} s"]
-    )
-
-
 def describe(machine: Machine) -> dict:
     on_cuda = machine.on_cuda
     return {
@@ -300,13 +283,6 @@ def describe(machine: Machine) -> dict:
         "dtype": str(machine.dtype).removeprefix("torch."),
         "tiny": machine.tiny,
     }
-
-
-def report(data: dict, path: Path) -> None:
-    print("\n" + tables(data))
-    picture = path.with_name("memory.svg")
-    if draw_memory(data, picture):
-        print(f"\n![memory against sequence length]({picture.name})")
 
 
 if __name__ == "__main__":

@@ -31,19 +31,20 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+# First: Ctrl-C during the slow imports below then prints no traceback.
+from checkpointing.errors import clear_errors, say  # isort: split
 
 import torch
 import tyro
 
 from checkpointing.atomic import atomic_write_text, claim_folder
-from checkpointing.errors import clear_errors, say
 from modules.adapters.methods import METHODS, read_by
 from modules.device import peak_memory_gib, pick_device
 from recipes import peft_finetune, quickstart
 from recipes.benchmarks.compare_report import draw, table
 from recipes.benchmarks.real_size import write_checkpoint
 
-# What each method is told beside the common settings; one that is not here gets LoRA's.
+# Settings of each method besides the common ones; a method that is not listed gets LoRA's.
 SETTINGS: dict[str, dict] = {
     "lora": dict(lr=4e-3),
     "rslora": dict(lr=1.3e-3),
@@ -90,7 +91,7 @@ class Config:
     train_rows: int = 800
     """Rows to learn from: so many of the quickstart's, or the first of --data."""
     held_out_rows: int = 200
-    """Rows to be examined with."""
+    """Rows to test with."""
     max_steps: int = 200
     """Optimizer steps of each method."""
     batch_size: int = 16
@@ -146,9 +147,7 @@ def prepare(cfg: Config) -> str:
     if cfg.model and cfg.preset:
         raise ValueError("--model and --preset: give one of them")
     if bool(own) != bool(cfg.data) or bool(own) != bool(cfg.eval_data):
-        raise ValueError(
-            "--model (or --preset), --data and --eval-data go together; without them: the quickstart's task"
-        )
+        raise ValueError("--model or --preset, --data and --eval-data go together; without them: the quickstart's task")
     if bool(cfg.preset) != bool(cfg.tokenizer):
         raise ValueError("--preset and --tokenizer, the folder with that family's tokenizer.model, go together")
     train_file, held_out_file = cfg.output / "train.jsonl", cfg.output / "held_out.jsonl"
@@ -188,7 +187,7 @@ def in_processes(cfg: Config, base: str) -> Iterator[dict]:
 
 
 def in_turn(cfg: Config, base: str) -> Iterator[dict]:
-    """One after another in this process, which starts the GPU once; its allocator counts for each method anew."""
+    """One after another in this process, which starts the GPU once; its memory counters are reset for each method."""
     for name in cfg.methods:
         gc.collect()
         torch.cuda.empty_cache()
@@ -197,7 +196,7 @@ def in_turn(cfg: Config, base: str) -> Iterator[dict]:
 
 
 def run_method(cfg: Config, name: str, base: str) -> dict:
-    """Train by one method with the recipe; what came of it. What the recipe says goes to OUTPUT/METHOD.log."""
+    """Train by one method with the recipe; → its row. The recipe prints to OUTPUT/METHOD.log."""
     settings = SETTINGS.get(name, SETTINGS["lora"])
     settings = settings | {"lr": settings["lr"] * cfg.lr_scale}
     row = {"method": name, "settings": settings}

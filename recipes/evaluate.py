@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+# First: Ctrl-C during the slow imports below then prints no traceback.
+from checkpointing.errors import clear_errors  # isort: split
 
 import tyro
 from tqdm import tqdm
 
 from checkpointing.adapters import count_virtual_tokens, load_adapter
-from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
-from checkpointing.run_record import plain
+from checkpointing.run_record import to_json
 from data.batches import Batches
 from data.chat.templates import load_chat_template
 from data.dataset import load_dataset
@@ -87,9 +88,7 @@ def main(cfg: Config) -> None:
     for line in dataset.report.lines():
         print(line, file=sys.stderr)
     if (longest := int(max(dataset.lengths))) > model.config.max_length:
-        raise ValueError(
-            f"{cfg.data} has a row of {longest} tokens; this model takes {model.config.max_length} at most"
-        )
+        raise ValueError(f"{cfg.data} has a row of {longest} tokens; the model takes {model.config.max_length} at most")
     quantize_blocks(model, linear_kind(cfg.quantize))
     load_weights(model, WeightFiles(folder), device=device, dtype=dtype)
     if cfg.adapter:
@@ -100,7 +99,7 @@ def main(cfg: Config) -> None:
     loss, tokens = evaluate_loss(model, progress, device, dtype)
     # beyond e^700 a float overflows; such a model knows nothing anyway
     perplexity = float("inf") if loss > 700 else math.exp(loss)
-    print(json.dumps(plain({"loss": loss, "perplexity": perplexity, "tokens": tokens})))  # JSON has no NaN
+    print(json.dumps(to_json({"loss": loss, "perplexity": perplexity, "tokens": tokens})))  # JSON has no NaN
 
 
 if __name__ == "__main__":

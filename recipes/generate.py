@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+# First: Ctrl-C during the slow imports below then prints no traceback.
+from checkpointing.errors import clear_errors  # isort: split
 
 import torch
 import tyro
 
 from checkpointing.adapters import load_adapter
-from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from data.chat.templates import load_chat_template, stop_token_ids
 from data.images.files import check, load_image

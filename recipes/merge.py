@@ -11,8 +11,7 @@ that of the largest tensor.
 `--quantize nf4` (or int8, int4, float8) first rounds the blocks' linear layers and back: the base that a QLoRA adapter
 was trained on. Without an adapter that writes the base as QLoRA sees it. With one it prints, as JSON, what quantising
 the result again would do to each kind of layer: the error of that rounding as a part of the merged weight
-(`of_weight`) and of the adapter's change (`of_change`; above 1, most of the adapter is lost, and it is better served
-beside its base).
+(`of_weight`) and of the adapter's change (`of_change`; above 1, most of the adapter is lost: serve it unmerged).
 """
 
 import json
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+# First: Ctrl-C during the slow imports below then prints no traceback.
+from checkpointing.errors import clear_errors, say  # isort: split
 
 import torch
 import tyro
@@ -31,7 +32,6 @@ from tqdm import tqdm
 
 from checkpointing.adapters import load_adapter
 from checkpointing.atomic import atomic_folder, check_vacant
-from checkpointing.errors import clear_errors, say
 from checkpointing.export import changed, check_export, write_companions, write_weights
 from checkpointing.pretrained import WeightFiles, find_checkpoint, map_weights, on_disk, read_config
 from checkpointing.safetensors_file import spec_bytes
@@ -41,7 +41,7 @@ from modules.adapters.methods.bitfit import missing_biases
 from modules.adapters.switch import Requantised, adapted_layers, check_mergeable, requantised
 from modules.adapters.vocabulary import HEAD, embedding_name
 from modules.device import DTYPES, pick_device
-from modules.quantization.quantize import linear_kind, quantize_blocks, rounded_like
+from modules.quantization.quantize import linear_kind, quantize_blocks, stored_as
 
 
 @dataclass
@@ -85,7 +85,7 @@ def main(cfg: Config) -> None:
 
     def rounded(path: str, weight: Tensor) -> Tensor:
         weight = weight.to(device, weight.dtype if cfg.dtype == "auto" else DTYPES[cfg.dtype])
-        return rounded_like(kind, weight) if path in quantized else weight
+        return stored_as(kind, weight).dense_weight() if path in quantized else weight
 
     def merged(path: str) -> nn.Module:
         if path not in last:
@@ -121,7 +121,7 @@ def main(cfg: Config) -> None:
         if not (tied and name == f"{HEAD}.weight"):
             shape = new_biases.get(name) or tuple(parameters[name].shape)
             own = parameters[name].dtype if name in parameters and cfg.dtype == "auto" else dtype
-            specs[name], ours[on_disk(name, model.layout)] = (on_disk(name, model.layout), shape, own), name
+            specs[name], ours[on_disk(name, model.names_read)] = (on_disk(name, model.names_read), shape, own), name
 
     def write(file: str) -> Tensor:
         bar.update()

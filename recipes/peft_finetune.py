@@ -5,7 +5,7 @@
     python recipes/peft_finetune.py --model BASE --data train.jsonl --output runs/t --new-tokens "<tool>" "</tool>"
 
 The same text as lora_finetune.py, but for what is put into the model (5) and its learning rates (7, 9). Each method is
-one file in modules/ that explains it. The result, OUTPUT/adapter, is in PEFT's format where PEFT has the method;
+one file there that explains it. The result, OUTPUT/adapter, is in PEFT's format where PEFT has the method;
 generate.py and evaluate.py take all of them. Learning rates differ a thousandfold: compare_methods.py lists them.
 """
 
@@ -17,167 +17,50 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+# First: it keeps Ctrl-C during the slow imports below, and NumPy's absence, quiet.
+from checkpointing.errors import clear_errors, say  # isort: split
 
 import torch
-import tyro
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from checkpointing.adapters import save_adapter
-from checkpointing.atomic import atomic_folder
-from checkpointing.errors import clear_errors, say
 from checkpointing.loggers import open_loggers
-from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
+from checkpointing.pretrained import WeightFiles, find_checkpoint, read_config
 from checkpointing.run_folder import RunFolder
 from checkpointing.training_state import load_training_state, save_training_state
-from data.batches import Batches, fit_seq_len
 from data.chat.templates import load_chat_template, stop_token_ids
-from data.dataset import load_dataset
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.new_tokens import add_tokens, read_tokens, save_tokenizer
 from models import build_text_model
 from modules.adapters.methods import METHODS, add_method, find_method
-from modules.adapters.token_rows import train_token_rows
 from modules.adapters.virtual_tokens import pick_virtual_tokens, placeholders
-from modules.adapters.vocabulary import grow_vocabulary
-from modules.adapters.whole_modules import train_whole_modules
-from modules.attention import choose_attention, describe_attention, use_attention
-from modules.compile import enable_compile
-from modules.device import DTYPES, describe_device, make_deterministic, peak_memory_gib, pick_device, pick_dtype
+from modules.attention import use_attention
+from modules.device import DTYPES, peak_memory_gib
 from modules.evaluation import evaluate_loss, sample_completion
-from modules.fused.blocks import disagreement, why_not
 from modules.loss import linear_cross_entropy
-from modules.memory.activations import keep_activations
-from modules.memory.host_embedding import keep_embedding_on_host
 from modules.memory.plan import describe_memory, plan_memory
 from modules.memory.step_in_backward import step_in_backward
-from modules.memory.weight_streaming import stream_weights
 from modules.optim import build_optimizer, describe_trained, learning_rate
 from modules.quantization.quantize import linear_kind, quantize_blocks
-from recipes.common.checks import check_flags, describe_choices, method_options
+from recipes.common import setup
+from recipes.common.checks import check_flags, method_options
+from recipes.common.flags import FusedFlags, MethodFlags, TrainingFlags, parse_flags
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1 Config
 
 
-@dataclass
-class Config:
-    model: str
-    """Checkpoint folder, or a Hub id such as meta-llama/Llama-3.2-1B."""
-    data: Path
-    """Training rows: JSON Lines or a JSON array."""
-    output: Path
-    """Folder for everything this run writes."""
-    eval_data: Path | None = None
-    """Held-out rows for the evaluation loss."""
-    prompt_field: str | None = None
-    """Column to use as the prompt, with --completion-field."""
-    completion_field: str | None = None
-    """Column to use as the completion, with --prompt-field."""
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens are trained: all assistant turns (completions), the last one, or everything."""
-    chat_format: str = "auto"
-    """Chat template: auto (the checkpoint's own), llama2, llama3, chatml, vicuna or a .jinja file."""
-    on_special_content: Literal["keep", "error"] = "keep"
-    """What to do with rows whose own text contains special tokens."""
-    seq_len: int | None = None
-    """Rows are cut (packs filled) to this many tokens; default: 2048, or what the model has if that is less."""
-    packing: bool = False
-    """Put several rows into one sequence; they do not see each other."""
-    shuffle: bool = True
-    """Draw a new order every epoch."""
-    epochs: int = 1
-    """Passes over the data."""
-    max_steps: int | None = None
-    """End after this many optimizer steps at the latest; 0 saves the initial state."""
-    batch_size: int = 1
-    """Rows (packs) per micro-batch."""
-    grad_accum: int = 1
-    """Micro-batches per optimizer step."""
+@dataclass(kw_only=True)
+class Config(TrainingFlags, MethodFlags, FusedFlags):
+    method: Literal[tuple(METHODS)] = "lora"
+    """What is trained; each has its file in modules/adapters/methods/."""
     lr: float = 2e-4
     """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """What the learning rate does after the warm-up."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.0
-    """AdamW's decay of matrices."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0: never."""
-    method: Literal[tuple(METHODS)] = "lora"
-    """What is trained; each has its file in modules/."""
     rank: int = 16
     """Rank r of the adapters; of houlsby, pfeiffer and parallel the size of the bottleneck."""
-    alpha: float = 32.0
-    """The adapters' output is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Dropout on the adapters' input."""
     targets: tuple[str, ...] | None = None
     """Modules to change, by name: q_proj, self_attn.q_proj, embed_tokens …; default: the method's own choice."""
-    rank_pattern: tuple[str, ...] = ()
-    """Layers of LoRA and its relatives with another rank: q_proj=8 layers.0.mlp.down_proj=32 …"""
-    alpha_pattern: tuple[str, ...] = ()
-    """Layers with another alpha, likewise."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules to train whole beside that, by name: norm, lm_head, embed_tokens …"""
-    new_tokens: tuple[str, ...] = ()
-    """Special tokens that the model does not know, or a file of them: their rows, and no others, are trained, too."""
-    num_virtual_tokens: int | None = None
-    """Of prompt, p-tuning and prefix, in front of every row; --seq-len counts them. Default: --prompt-text's, or 20."""
-    prompt_init: Literal["vocabulary", "random", "text"] = "vocabulary"
-    """What virtual tokens begin as: frequent tokens, noise, or --prompt-text (prompt and prefix)."""
-    prompt_text: str | None = None
-    """The text that virtual tokens begin as, with --prompt-init text."""
-    prompt_encoder: Literal["mlp", "lstm"] | None = None
-    """The network that makes virtual tokens: p-tuning mlp (default) or lstm; prefix none (default) or mlp."""
-    encoder_size: int | None = None
-    """Its hidden size; default: p-tuning the model's, prefix 512."""
-    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which adapters are kept; bfloat16 ones are updated with stochastic rounding."""
-    quantize: Literal["none", "nf4", "int8", "int4", "float8"] = "none"
-    """Keep the frozen linear layers of the blocks in 4 or 8 bits."""
-    quantize_head: bool = False
-    """The head, too; losses rise a little."""
-    embedding: Literal["resident", "host"] = "resident"
-    """Where the input embedding lives: on the device, or in host memory, from where a batch's rows travel."""
-    activations: Literal["none", "fast", "lean", "offload"] = "lean"
-    """What a block keeps for backward: everything, what is dear to recompute, its input, its input in host memory."""
-    activations_every: int = 1
-    """With lean and offload: only every k-th block; the others are kept as with fast."""
-    activations_gib: float = 0.0
-    """With lean and offload: as many of the last blocks as fit into this memory are kept as with fast."""
-    activations_host_gib: float = 0.0
-    """With offload: host memory for what attention made, too, of as many blocks as fit; saves computing it again."""
-    fused: bool = torch.cuda.is_available()
-    """Run the blocks by the hand-written lora_block.py where it covers them; default: where there is a GPU."""
-    weights: Literal["resident", "stream", "disk"] = "resident"
-    """Where frozen blocks live: on the device, or in host memory or a scratch file, visiting it one block ahead."""
-    optimizer: Literal["adamw", "adamw-8bit", "adamw-host"] = "adamw"
-    """AdamW with its moments in float32, in 8 bits, or in host memory."""
-    step_in_backward: bool = False
-    """Update each weight as soon as its gradient is complete, and free the gradient; needs --max-grad-norm 0."""
-    compile: bool = torch.cuda.is_available()
-    """Use torch.compile; default: where there is a CUDA device, whose compiler pays for its start-up."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 …"""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Precision of weights and activations; auto: bfloat16 or float16 on a GPU, float32 on the CPU."""
-    deterministic: bool = False
-    """On CUDA: only kernels that give the same bits every time (slower)."""
-    seed: int = 0
-    """Seed of everything random."""
-    eval_every: int | None = None
-    """Evaluate every this many steps; default: at the end only."""
-    save_every: int = 500
-    """Save a resumable checkpoint every this many steps, and at the end; 0: only when interrupted."""
-    keep_last: int = 2
-    """How many of those checkpoints to keep."""
-    resume: bool = False
-    """Continue the run in --output from its last checkpoint."""
-    tensorboard: bool = False
-    """Also log to OUTPUT/tensorboard (pip install -e ".[loggers]")."""
-    wandb: str | None = None
-    """Also log to this Weights & Biases project."""
 
 
 def main(cfg: Config) -> None:
@@ -187,58 +70,26 @@ def main(cfg: Config) -> None:
     with RunFolder.open(cfg.output, cfg, script=__file__, resume=cfg.resume) as run:
         if run.finished:
             say(f"{cfg.output} is finished: nothing to resume")
-            return
-        train(cfg, run)
+        else:
+            train(cfg, run)
 
 
 def train(cfg: Config, run: RunFolder) -> None:
     begun = time.perf_counter()
-    device = pick_device(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device)
-    torch.manual_seed(cfg.seed)
-    make_deterministic(cfg.deterministic)
-    enable_compile(cfg.compile)
-    say(f"{describe_device(device, dtype)}; {describe_choices(cfg)}")
+    device, dtype = setup.prepare_device(cfg, cfg.seed)
 
     # -----------------------------------------------------------------------------------------------------------------
     # 3 Tokenizer and data
     folder = find_checkpoint(cfg.model)
     config = read_config(folder)
     model = build_text_model(config)  # on the meta device: shapes only
-    seq_len = fit_seq_len(cfg.seq_len, model.config.max_length)
-    tokenizer = load_tokenizer(folder)
-    tokenizer, new_rows = add_tokens(tokenizer, read_tokens(cfg.new_tokens), model.config.vocab_size)
-    template = load_chat_template(folder, tokenizer, cfg.chat_format, now=run.started)
+    tokenizer, new_rows = add_tokens(load_tokenizer(folder), read_tokens(cfg.new_tokens), model.config.vocab_size)
     method = find_method(cfg.method)
     prompt_ids = tokenizer.encode_prompt(cfg.prompt_text) if cfg.prompt_text else []
     num_virtual_tokens = pick_virtual_tokens(method, cfg.num_virtual_tokens, prompt_ids)
-    rows = dict(
-        virtual_ids=placeholders(num_virtual_tokens),
-        seq_len=seq_len,
-        train_on=cfg.train_on,
-        prompt_field=cfg.prompt_field,
-        completion_field=cfg.completion_field,
-        on_special_content=cfg.on_special_content,
-    )
-    dataset = load_dataset(cfg.data, tokenizer, template, **rows)
-    eval_dataset = load_dataset(cfg.eval_data, tokenizer, template, **rows) if cfg.eval_data else None
-    for loaded in filter(None, (dataset, eval_dataset)):
-        loaded.check_vocabulary(max([model.config.vocab_size, *(row + 1 for row in new_rows)]))
-        for line in loaded.report.lines():
-            say(line)
-    # Few different lengths on CUDA, where each one may cost a compilation.
-    padding = dict(pad_multiple=1 if device.type == "cpu" else 64)
-    batches = Batches(
-        dataset,
-        batch_size=cfg.batch_size,
-        grad_accum=cfg.grad_accum,
-        packing=cfg.packing,
-        seq_len=seq_len,
-        shuffle=cfg.shuffle,
-        seed=cfg.seed,
-        **padding,
-    )
-    eval_batches = Batches(eval_dataset, batch_size=cfg.batch_size, **padding) if eval_dataset else None
+    template = load_chat_template(folder, tokenizer, cfg.chat_format, now=run.started)
+    rows = dict(new_rows=new_rows, virtual_ids=placeholders(num_virtual_tokens))
+    batches, eval_batches = setup.open_data(cfg, tokenizer, template, model.config, device, **rows)
     total_steps = batches.total_steps(cfg.epochs, cfg.max_steps)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -249,18 +100,8 @@ def train(cfg: Config, run: RunFolder) -> None:
     if not needs_dense:  # still on the meta device: each weight is quantised as it arrives
         quantize_blocks(model, kind, head=cfg.quantize_head)
     model.requires_grad_(False)
-    if cfg.embedding == "host":
-        keep_embedding_on_host(model, device)
-    streamed = None
-    if cfg.weights != "resident":
-        streamed = stream_weights(model, device, folder=run.path if cfg.weights == "disk" else None)
-    load_weights(model, weights, device=device, dtype=dtype, placed=streamed.take if streamed else None)
-    if streamed:
-        say(streamed.describe())
-    if new_rows:
-        added = grow_vocabulary(model, max(new_rows) + 1)
-        where = f"{added} rows were added, each the mean of the old ones" if added else "there was room for them"
-        say(f"new tokens: rows {new_rows} are trained; {where}")
+    streamed = setup.load_base(cfg, model, weights, device=device, dtype=dtype, scratch=run.path)
+    setup.add_token_rows(model, new_rows)
 
     # -----------------------------------------------------------------------------------------------------------------
     # 5 Adapters / quantisation
@@ -270,33 +111,18 @@ def train(cfg: Config, run: RunFolder) -> None:
     add_method(model, cfg.method, replace(method_options(cfg), **start, **virtual))
     if needs_dense:
         quantize_blocks(model, kind, head=cfg.quantize_head)  # what has no adapter
-    train_whole_modules(model, cfg.modules_to_save)
-    if cfg.modules_to_save and getattr(model, "was_tied", False):
-        say("the head and the embedding were one weight; they are two from now on")
-    train_token_rows(model, new_rows, DTYPES[cfg.adapter_dtype])
+    setup.train_beyond_adapters(cfg, model, new_rows)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = method.parameter_groups(trainable, cfg.lr) if hasattr(method, "parameter_groups") else None
     say(f"{describe_trained(model)}, in {total_steps} steps")
 
     # -----------------------------------------------------------------------------------------------------------------
     # 6 Memory plan and compile
-    attention = "default"
-    if not cfg.packing:  # packed documents have one kernel
-        attention = choose_attention(model.config, device, dtype, batch=cfg.batch_size, length=seq_len)
-    say(describe_attention(device, dtype, cfg.packing, attention))
-    bind = streamed.use if streamed else None
-    plain = (why_not(model) or disagreement(model, bind)) if cfg.fused else "--no-fused"
-    say(
-        f"blocks: plain modules ({plain})"
-        if plain
-        else "blocks: forward and backward by hand (modules/fused/lora_block.py)"
-    )
-    budgets = dict(budget=cfg.activations_gib * 2**30, host_budget=cfg.activations_host_gib * 2**30)
-    measures = dict(every=cfg.activations_every, **budgets, fused=not plain)
-    keep_activations(model, cfg.activations, **measures, compile=cfg.compile, bind=bind)
+    attention = setup.pick_attention(cfg, model.config, device, dtype, batches.seq_len)
+    blocks = setup.run_blocks(cfg, model, batches, device=device, dtype=dtype, streamed=streamed)
     autocast = nullcontext()  # every layer already computes in the weights' dtype
-    measures |= dict(optimizer=cfg.optimizer, step_in_backward=cfg.step_in_backward, streamed=streamed)
-    plan = plan_memory(model, cfg.activations, **measures, tokens=cfg.batch_size * seq_len, dtype=dtype)
+    tokens, targets = batches.largest(total_steps)
+    plan = plan_memory(model, cfg.activations, **blocks, tokens=tokens, targets=targets, dtype=dtype)
     say(describe_memory(plan))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -314,7 +140,7 @@ def train(cfg: Config, run: RunFolder) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # 8 Resume
     progress = {"step": 0, "epoch": 0, "step_in_epoch": 0}
-    identity = {"weights": weights.fingerprint(), "data": dataset.fingerprint}
+    identity = {"weights": weights.fingerprint(), "data": batches.dataset.fingerprint}
     if checkpoint := run.latest_checkpoint():
         progress = load_training_state(checkpoint, parameters=trainable, optimizer=optimizer, scaler=scaler)
         run.check_resumable(progress.pop("config"), identity, progress.pop("identity"))
@@ -325,15 +151,14 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     def save_checkpoint() -> None:
         state = progress | {"config": asdict(cfg), "identity": identity, "attention": attention}
-        path = run.checkpoints / f"step-{progress['step']}"
+        path = run.checkpoint_folder(progress["step"])
         save_training_state(path, parameters=trainable, optimizer=optimizer, progress=state, scaler=scaler)
         run.prune(cfg.keep_last)
         run.draw()
 
-    chat_template = template.source if dataset.report.chat_rows else None
-
     def save_result() -> None:
-        with atomic_folder(run.adapter) as target:
+        with run.result("adapter") as target:
+            chat_template = template.source if batches.dataset.report.chat_rows else None
             save_adapter(target, model, base=cfg.model, chat_template=chat_template)
             if new_rows:
                 save_tokenizer(target, tokenizer, source=folder)
@@ -342,22 +167,22 @@ def train(cfg: Config, run: RunFolder) -> None:
 
     # -----------------------------------------------------------------------------------------------------------------
     # 9 Training loop
-    loggers = run.closing(open_loggers(cfg, run.path, progress["step"]))
+    run.add_loggers(open_loggers(cfg, run.path, progress["step"]))
     stop_ids = stop_token_ids(folder, tokenizer, template)
     bar = tqdm(total=total_steps, initial=progress["step"], unit="step", disable=None)
 
     def evaluate() -> None:
         with autocast:
             loss, _ = evaluate_loss(model, eval_batches.one_epoch(), device, dtype)
-        loggers.log({"step": progress["step"], "eval_loss": loss})
         run.log({"step": progress["step"], "eval_loss": loss})
-        sample = sample_completion(model, eval_dataset, tokenizer, stop_ids)
+        sample = sample_completion(model, eval_batches.dataset, tokenizer, stop_ids)
         said = f"{sample['prompt'][-40:]!r} → {sample['completion']!r}"
-        tqdm.write(f"step {progress['step']}: evaluation loss {loss:.4f}; {said}", file=sys.stderr)
+        say(f"step {progress['step']}: evaluation loss {loss:.4f}; {said}")
         run.draw()
 
     model.train()
     first = progress["step"] + 1
+    run.start_loop(total_steps)  # from here on Ctrl-C ends the step and saves
     for epoch, step_in_epoch, micro_batches in batches.steps(progress["epoch"], progress["step_in_epoch"]):
         if progress["step"] >= total_steps or run.stop_requested:
             break
@@ -370,12 +195,10 @@ def train(cfg: Config, run: RunFolder) -> None:
         for batch in micro_batches:
             batch = batch.to(device, dtype)
             with autocast:
-                # hidden [B, T, D]; targets [N] stand at the flat positions target_index [N]. For a loss of your own:
-                # logits = model.logits(hidden.flatten(0, 1)[batch.target_index]) [N, V] are what they belong to. The
-                # memory plan counts no whole logits: to weigh tokens, modules/loss.py's linear_logprobs does without.
-                # A sum is divided by the step's tokens. Evaluation stays plain cross entropy (modules/evaluation.py).
+                # hidden [B, T, D]; targets [N] stand at the flat positions target_index [N]. For a loss of your own see
+                # modules/loss.py: whole logits are never in memory. A sum is divided by the tokens of the step.
                 hidden = model(batch.input_ids, batch.layout)
-                loss = linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index) / tokens
+                loss = linear_cross_entropy(hidden, model, batch.targets, index=batch.target_index) / tokens
             del hidden  # backward frees what it has used, unless a name still holds it
             scaler.scale(loss).backward()
             step_loss += loss.detach()
@@ -393,11 +216,9 @@ def train(cfg: Config, run: RunFolder) -> None:
         seconds = time.perf_counter() - started  # after .item(): the device has finished
         row |= {"tokens": tokens, "tokens_per_second": tokens / seconds}
         row |= {"peak_memory_gib": peak_memory_gib(device), "seconds": seconds}
-        loggers.log(row)
         run.log(row, scaled=scaler.is_enabled())  # an error if loss or norm is not finite
         if progress["step"] == first:
-            waited = f"first step done after {time.perf_counter() - begun:.1f} s, {seconds:.1f} s of them its own"
-            tqdm.write(waited, file=sys.stderr)
+            say(f"first step done after {time.perf_counter() - begun:.1f} s, {seconds:.1f} s of them its own")
         bar.update()
         speed = f"{row['tokens_per_second']:,.0f} tok/s, {row['peak_memory_gib']:.2f} GiB"
         bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed}")
@@ -420,9 +241,9 @@ def train(cfg: Config, run: RunFolder) -> None:
         save_checkpoint()  # so that --resume can go on with more --max-steps or --epochs
     save_result()
     run.finish()
-    say(f"peak memory {peak_memory_gib(device):.2f} GiB; adapter in {run.adapter}")
+    say(f"peak memory {peak_memory_gib(device):.2f} GiB; adapter in {run.path / 'adapter'}")
 
 
 if __name__ == "__main__":
     with clear_errors():
-        main(tyro.cli(Config))
+        main(parse_flags(Config))

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+# First: Ctrl-C during the slow imports below then prints no traceback.
+from checkpointing.errors import clear_errors  # isort: split
 
 import torch
 import tyro
 
 from checkpointing.adapters import load_adapter
 from checkpointing.atomic import atomic_write_text, claim_folder
-from checkpointing.errors import clear_errors
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from data.tokenizers.load import load_tokenizer
 from models import build_model
@@ -125,7 +126,7 @@ def capital(text: str) -> str:
 
 
 def examine(rows: list[dict[str, str]], adapter: Path | None = None, quantize: str = "none") -> dict:
-    """What the model writes behind each prompt, greedily; how many answers are right; what its weights take."""
+    """The model's greedy completions, how many are right, and the bytes that its weights take."""
     model, tokenizer = build_model(read_config(BASE)), load_tokenizer(BASE)
     if quantize == "nf4":
         quantize_nf4(model)

@@ -14,17 +14,18 @@ from pathlib import Path
 from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+# First: Ctrl-C during the slow imports below then prints no traceback.
+from checkpointing.errors import clear_errors  # isort: split
 
 import torch
 import tyro
 
 from checkpointing.atomic import atomic_folder, atomic_write_text, discard, make_folder
-from checkpointing.errors import clear_errors
 from checkpointing.export import save_model
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from models import build_model
 from recipes import pretrain
-from recipes.quickstart import BASE, CITIES, COLORS, DAYS, ITEMS, NAMES, NUMBERS, SENTENCES, capital
+from recipes.quickstart import BASE, CITIES, COLORS, DAYS, ITEMS, NAMES, NUMBERS, SENTENCES, capital, write_rows
 
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 # A word, or all that stands between two: so a word is one token after a space as after a quotation mark, and a small
@@ -78,7 +79,7 @@ def main(cfg: Config) -> None:
     make_folder(start)
     if (cfg.work / "corpus.jsonl").exists():
         discard(cfg.work / "run")  # an earlier one of ours
-    atomic_write_text(cfg.work / "corpus.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_rows(cfg.work / "corpus.jsonl", [{"text": text} for text in texts])
     write_tokenizer(start, texts)
     pretrain.main(
         pretrain.Config(
@@ -162,7 +163,7 @@ class Person:
 
     @property
     def things(self) -> str:
-        """three red lamps, or 3 red lamps"""
+        """red lamps"""
         return f"{self.color} {self.item}s"
 
     @property
@@ -220,7 +221,7 @@ QUESTIONS: tuple[tuple[str, Callable[[Person], object]], ...] = (
 
 
 def questions(rng: Random) -> str:
-    """A sentence, and questions whose answers stand in it."""
+    """A sentence, and questions that it answers."""
     (person,) = people(rng, 1)
     fields = vars(person) | {"number": person.number}
     asked = [f"Q: {question.format(**fields)} A: {reply(person)}" for question, reply in rng.sample(QUESTIONS, 4)]

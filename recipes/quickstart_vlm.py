@@ -20,13 +20,14 @@ from io import BytesIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this fork's modules, whatever else is installed
+# First: Ctrl-C during the slow imports below then prints no traceback.
+from checkpointing.errors import clear_errors  # isort: split
 
 import sentencepiece
 import torch
 import tyro
 
-from checkpointing.atomic import atomic_folder, atomic_write_text, claim_folder, make_folder
-from checkpointing.errors import clear_errors
+from checkpointing.atomic import atomic_folder, claim_folder, make_folder
 from checkpointing.export import save_model
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from data.chat.templates import load_chat_template
@@ -37,6 +38,7 @@ from models import build_model
 from modules.generation import generate
 from modules.image_tokens import place_images
 from recipes import vlm_finetune
+from recipes.quickstart import write_rows
 from recipes.quickstart_world import DESCRIBE, Scene, draw, draw_answers, make_scene, questions
 
 SIDE, PATCH = 48, 12  # pixels
@@ -271,10 +273,6 @@ def report(cfg: Config, exam: list[dict], scenes: list[Scene], results: dict[str
         f'                  --image {cfg.output}/{rows[0]["picture"]} --prompt "{rows[0]["question"]}"',
     ]
     return "\n".join(lines)
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def description(scene: Scene) -> str:
 
 
 def questions(scene: Scene) -> list[tuple[str, str]]:
-    """What can be asked about a picture, with the answers; of two groups only a description, lest it is unclear."""
+    """Questions about a picture, with the answers; about two groups only what is unambiguous."""
     asked = [(DESCRIBE, description(scene))]
     if len(scene) == 1:
         (group,) = scene

@@ -2,7 +2,7 @@
 
 Templates of text models put `message.content` into the text as it is; those of vision-language models go through a
 list and pick out the images and the texts. Nothing in a checkpoint says which kind its template is, and the wrong kind
-loses the text without a word. So each template is tried out, with a message that cannot be missed.
+loses the text silently. So each template is tried out with a probe message.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def takes_parts(render: Callable[[list[dict]], str]) -> bool:
 
 
 def takes_strings(render: Callable[[list[dict]], str]) -> bool:
-    """Whether a template reads a string. One that refuses the probe for reasons of its own gets strings, too."""
+    """Whether a template reads a string. One that refuses the probe for other reasons gets strings, too."""
     return PROBE in _try(render, PROBE) or PROBE not in _try(render, as_parts(PROBE))
 
 

@@ -95,7 +95,7 @@ def _compare_one(render: Render, messages: Sequence[dict], i: int, text: str) ->
 
 
 def _generation_start(render: Render, before: Sequence[dict], text: str) -> int | None:
-    """Where a model takes over behind the messages `before`, if the template can say that."""
+    """Where the generation prompt after the messages `before` ends, if the template has one."""
     try:
         asked = render(before, add_generation_prompt=True)
         return len(asked) if text.startswith(asked) and asked != render(before) else None
@@ -104,7 +104,7 @@ def _generation_start(render: Render, before: Sequence[dict], text: str) -> int 
 
 
 class TurnEnds:
-    """Finds the end-of-turn token behind a content: a special token with only whitespace between."""
+    """Finds the end-of-turn token after a content: a special token with only whitespace between."""
 
     def __init__(self, special_tokens: Iterable[str], bos: str, eos: str):
         special = special_token_pattern({*special_tokens, bos, eos})

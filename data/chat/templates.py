@@ -1,7 +1,7 @@
 """Chat templates: from a list of messages to the one string a chat model was trained on, and which of it to train.
 
 A checkpoint carries its format as a jinja2 program, in `chat_template.jinja` or inside `tokenizer_config.json`. It is
-a stranger's program, so it runs in jinja2's sandbox, with the settings, names and values that transformers gives it:
+untrusted code, so it runs in jinja2's sandbox, with the settings, names and values that transformers gives it:
 the text must come out equal to the letter. For base models without one, data/chat/formats.py has the well-known ones.
 
 Where each message went, and so what is trained, is found out in data/chat/targets.py.
@@ -22,11 +22,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from data.chat.contents import PLACEHOLDER, as_parts, as_string, takes_parts, takes_strings
 from data.chat.formats import TEMPLATES
 from data.chat.targets import REASONING, TurnEnds, find_messages
+from data.json_rows import read_json
+from data.tokenizers.added_tokens import NAMED, content_of
 from data.tokenizers.load import Tokenizer
 
 TRAIN_ON = ("assistant", "last", "all")
-
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ChatTemplate:
 
     @cached_property
     def _reads(self) -> tuple[bool, bool]:
-        """Whether the template reads contents that are strings, and such that are lists of parts."""
+        """Whether the template reads contents that are strings, and contents that are lists of parts."""
         return takes_strings(self._render), takes_parts(self._render)
 
     def _render(self, messages: Sequence[dict], add_generation_prompt: bool = False, tools=None) -> str:
@@ -90,7 +90,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self.variables,
             )
-        except Exception as error:  # a stranger's program: besides raise_exception it may fail in any way
+        except Exception as error:  # untrusted code: besides raise_exception it may fail in any way
             words = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"the chat template ({self.name}) refuses this conversation: {words}") from None
 
@@ -129,7 +129,7 @@ def load_chat_template(
     extra_folder: str | Path | None = None,
     now: datetime | None = None,
 ) -> ChatTemplate | None:
-    """The template that `--chat-format NAME` means for a checkpoint folder; None where "auto" finds nothing that fits.
+    """The template that `--chat-format NAME` means for a checkpoint folder; None where "auto" finds none.
 
     "own": the one in `extra_folder` (an adapter's) or `folder`. "auto": that, else the written-out format whose special
     tokens the tokenizer has. Otherwise a key of TEMPLATES or a .jinja file. Raises ValueError for an unknown name.
@@ -151,7 +151,7 @@ def load_chat_template(
             source = "{{ bos_token }}" + source
         return ChatTemplate(source, name, {"bos_token": "", "eos_token": "", **variables}, special, now)
     check_chat_format(name)
-    return ChatTemplate(_read_text(Path(name)), Path(name).name, variables, special, now)
+    return ChatTemplate(Path(name).read_text(encoding="utf-8"), Path(name).name, variables, special, now)
 
 
 def check_chat_format(name: str) -> None:
@@ -166,7 +166,7 @@ def stop_token_ids(folder: str | Path, tokenizer: Tokenizer, template: ChatTempl
     """
     found = {tokenizer.eos_id}
     for file in ("config.json", "generation_config.json"):
-        ids = _read_json(Path(folder) / file).get("eos_token_id")
+        ids = read_json(Path(folder) / file).get("eos_token_id")
         found |= set(ids if isinstance(ids, list) else [ids])
     if template is not None:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
@@ -188,9 +188,8 @@ class _GenerationTag(Extension):
 
 def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
     """jinja2 as transformers sets it up for templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
+    extensions = [_GenerationTag, loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -216,10 +215,10 @@ def _plain(message: dict) -> dict:
 def _read_own_template(folder: Path) -> str | None:
     """The template a folder holds: chat_template.jinja, a processor's, or the (default) one of the tokenizer."""
     if (folder / "chat_template.jinja").is_file():
-        return _read_text(folder / "chat_template.jinja")
-    if own := _read_json(folder / "chat_template.json").get("chat_template"):  # vision-language models until 2025
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if own := read_json(folder / "chat_template.json").get("chat_template"):  # vision-language models until 2025
         return own
-    found = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    found = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):  # [{"name": …, "template": …}, …]
         named = {entry["name"]: entry["template"] for entry in found}
         if "default" not in named:
@@ -243,25 +242,12 @@ def _format_that_fits(tokenizer: Tokenizer, variables: dict) -> str | None:
 
 def _named_tokens(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
     """`bos_token`, `eos_token` … as a template sees them, by the folder's files."""
-    config = _read_json(folder / "tokenizer_config.json")
-    files = _read_json(folder / "special_tokens_map.json") | config
-    found = {key: value["content"] if isinstance(value := files.get(key), dict) else value for key in NAMED_TOKENS}
+    config = read_json(folder / "tokenizer_config.json")
+    files = read_json(folder / "special_tokens_map.json") | config
+    found = {key: content_of(files.get(key)) for key in NAMED}
     # A token that the files leave out is the tokenizer's own, except that transformers' general class has none.
     if config.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         for key, token_id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
             if key not in files and token_id is not None:
                 found[key] = tokenizer.token_of(token_id)
     return {key: value for key, value in found.items() if value is not None}
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """The image files that the rows of a data file name: which of them are opened, and what is wrong with the others.
 
-Rows come from strangers. So only files under one folder are opened, the data file's own or the one the user names; no
-`..`, no link and no absolute path leads out of it, and nothing is ever downloaded. Only formats that Pillow decodes
+Rows are untrusted. So only files under one folder are opened, the data file's own or the one the user names; no
+`..`, no link and no absolute path leads out of it, and nothing is downloaded. Only formats that Pillow decodes
 by itself are read (for EPS it would start Ghostscript).
 """
 
@@ -17,18 +17,14 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from data.images.processor import ImageProcessor
+from data.images.processor import BadImage, ImageProcessor
 from data.json_rows import shown
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-TAIL = 64  # bytes at the end of a JPEG in which the mark behind its last scan is looked for
+TAIL = 64  # bytes at the end of a JPEG that are searched for the marker after the last scan
 
 # Twice as many pixels are an error in Pillow anyway; `ImageProcessor.check_size` makes this one, too.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-
-
-class BadImage(ValueError):
-    """A file that is missing or cannot be used: the row may be skipped, where the user wants that."""
 
 
 @dataclass
@@ -85,13 +81,13 @@ class ImageFiles:
             raise ValueError(f"{place}: image {_shown(name)}: {error}") from None
 
     def digest(self) -> bytes:
-        """What pixel values follow from, but for the contents of the files: these count by their sizes."""
+        """A hash of what determines the pixel values; files are represented by their names and sizes."""
         files = [(name, self.sizes[name]) for name in self.names]
         return hashlib.sha256(repr((self.processor, files, self.offsets)).encode("utf-8", "surrogatepass")).digest()
 
 
 def resolve(name: str, root: Path) -> Path:
-    """The file that a row means by `name`, which must lie under `root`. Raises ValueError for any other."""
+    """The file that a row calls `name`. Raises ValueError unless it lies under `root`."""
     if "://" in name or name.startswith("data:"):
         raise ValueError("it is a URL; only files are read, nothing is downloaded")
     fix = "move it there, or name another folder with --image-root"
@@ -111,16 +107,16 @@ def check(path: Path, processor: ImageProcessor) -> tuple[int, int]:
     """Width and height of an image, upright. Raises BadImage if the file is missing, not an image, a decompression
     bomb or incomplete.
 
-    Cheap, without decoding where the format has another way to tell that the file is whole.
+    Cheap, without decoding where the format has another way to tell that the file is complete.
     """
     with _open(path) as image:
-        _check_size(image, processor)
-        whole = _looks_whole(image, path)
-        if not whole:
+        processor.check_size(*image.size)
+        complete = _looks_complete(image, path)
+        if not complete:
             _run(image.load)
-        # The base class's: that of a PNG would decode it, which is needed only where `_looks_whole` says so.
+        # The base class's: that of a PNG would decode it, which is needed only where `_looks_complete` says so.
         exif = _run(Image.Image.getexif, image)
-        if whole:
+        if complete:
             _run(image.verify)
         return image.size[::-1] if exif.get(0x0112) in (5, 6, 7, 8) else image.size
 
@@ -128,12 +124,12 @@ def check(path: Path, processor: ImageProcessor) -> tuple[int, int]:
 def decode(path: Path, processor: ImageProcessor) -> Tensor:
     """[tiles, 3, H, W] uint8, not yet normalised. Raises BadImage."""
     with _open(path) as image:
-        _check_size(image, processor)
+        processor.check_size(*image.size)
         return _run(processor.cut, image)
 
 
 def load_image(path: str | Path, processor: ImageProcessor) -> Tensor:
-    """Pixel values [tiles, 3, H, W] float32 of one file, wherever it lies: for an image that the user names."""
+    """Pixel values [tiles, 3, H, W] float32 of one file in any folder, for an image that the user names."""
     try:
         return processor.normalize(decode(Path(path), processor))
     except BadImage as error:
@@ -167,15 +163,8 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)  # Pillow may be built without some
 
 
-def _check_size(image: Image.Image, processor: ImageProcessor) -> None:
-    try:
-        processor.check_size(*image.size)
-    except ValueError as error:
-        raise BadImage(str(error)) from None
-
-
 def _run(work, *arguments):
-    """Pillow's work on a stranger's file, which may fail in any way."""
+    """Pillow's work on an untrusted file, which may fail in any way."""
     try:
         return work(*arguments)
     except MemoryError:
@@ -184,12 +173,12 @@ def _run(work, *arguments):
         raise BadImage(f"broken: {str(error) or type(error).__name__}") from None
 
 
-def _looks_whole(image: Image.Image, path: Path) -> bool:
+def _looks_complete(image: Image.Image, path: Path) -> bool:
     """Whether the header and `verify` will do. It reads a PNG to its end, but of other formats little more than the
     header."""
     with open(path, "rb") as file:
         if image.format == "PNG":
-            return not _metadata_behind_pixels(file)
+            return not _metadata_after_pixels(file)
         size = os.fstat(file.fileno()).st_size
         if image.format == "WEBP":  # RIFF: the length of what follows these 8 bytes
             return size >= 8 + struct.unpack("<4xI", file.read(8))[0]
@@ -199,8 +188,8 @@ def _looks_whole(image: Image.Image, path: Path) -> bool:
     return False
 
 
-def _metadata_behind_pixels(file: BinaryIO) -> bool:
-    """Whether a PNG has something behind its pixels that may say how it is turned."""
+def _metadata_after_pixels(file: BinaryIO) -> bool:
+    """Whether a PNG has metadata after its pixels, which may hold the orientation."""
     file.seek(8)
     pixels = False
     while len(head := file.read(8)) == 8:

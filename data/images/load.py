@@ -1,11 +1,10 @@
 """Images to pixel values, bit for bit as the checkpoint's own image processor makes them.
 
-A vision tower knows pictures only as its preprocessing showed them: resized by one filter, cropped, rescaled and
-normalised. The numbers stand in `preprocessor_config.json` or, since transformers 5, in the `image_processor` section
-of `processor_config.json`; what is missing there is the default of the class named there. What is said there and not
-done here is an error.
+A vision tower needs images that are resized, cropped, rescaled and normalised as in its training. The settings are in
+`preprocessor_config.json` or, since transformers 5, in the `image_processor` section of `processor_config.json`;
+missing ones have the defaults of the class named there. Settings that are not implemented here are an error.
 
-Here is CLIP's way, which LLaVA shares; SmolVLM's is in data/images/tiles.py.
+This file has CLIP's processor, which LLaVA shares; SmolVLM's is in data/images/tiles.py.
 """
 
 import json
@@ -27,7 +26,7 @@ from data.images.processor import (
 from data.images.tiles import CLASSES as TILE_CLASSES
 from data.images.tiles import MODELS as TILE_MODELS
 from data.images.tiles import load_tiles
-from data.tokenizers.added_tokens import read_json
+from data.json_rows import read_json
 
 CLIP_DEFAULTS = {
     "do_resize": True,
@@ -99,15 +98,8 @@ def load_image_processor(folder: str | Path, config: dict) -> ImageProcessor:
 
     Raises ValueError, naming the entry, for what is not implemented or does not fit the vision tower.
     """
-    folder = Path(folder)
-    nested = read_json(folder / "processor_config.json").get("image_processor")
-    path = folder / ("processor_config.json" if nested else "preprocessor_config.json")
-    if not path.is_file():
-        raise ValueError(
-            f"no image processor in {folder}: looked for preprocessor_config.json and for image_processor in "
-            "processor_config.json; copy them there from the checkpoint it was made from"
-        )
-    given = {key: value for key, value in (nested or read_json(path)).items() if value is not None}
+    path, entries = read_processor(Path(folder))
+    given = {key: value for key, value in entries.items() if value is not None}
     kind = given.get("image_processor_type", given.get("feature_extractor_type"))
     kind = kind or (TILE_CLASSES[0] if config.get("model_type") in TILE_MODELS else CLASSES[0])
     if (name := kind.removesuffix("Fast").removesuffix("Pil")) in TILE_CLASSES:
@@ -116,6 +108,18 @@ def load_image_processor(folder: str | Path, config: dict) -> ImageProcessor:
         supported = ", ".join((*CLASSES, *TILE_CLASSES))
         raise ValueError(f"{path}: image processor {kind} is not supported (supported: {supported})")
     return _load_one_tile(given, kind, path, config)
+
+
+def read_processor(folder: Path) -> tuple[Path, dict]:
+    """The file that holds a folder's image processor, and its entries. ValueError if there is none."""
+    nested = read_json(folder / "processor_config.json").get("image_processor")
+    path = folder / ("processor_config.json" if nested else "preprocessor_config.json")
+    if not path.is_file():
+        raise ValueError(
+            f"no image processor in {folder}: looked for preprocessor_config.json and for image_processor in "
+            "processor_config.json; copy them there from the checkpoint it was made from"
+        )
+    return path, nested or read_json(path)
 
 
 def _load_one_tile(given: dict, kind: str, path: Path, config: dict) -> OneTile:

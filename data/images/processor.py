@@ -1,11 +1,11 @@
-"""What an image becomes for a model that sees, whichever model: tiles for its vision tower, tokens in its text.
+"""What any vision-language model makes of an image: tiles for its vision tower, tokens in its text.
 
 A tile is a square picture as large as the vision tower takes them. CLIP's processor makes one tile of an image
 (load.py), SmolVLM's cuts a large one into several (data/images/tiles.py). Every tile has as many <image> tokens
 in the text as the model makes features of it; around them a model may have marks of its own.
 
-The work on pixels is cut in two: `cut` is Pillow's and is done on 8-bit pixels in background threads, without the GIL;
-`normalize` is arithmetic on the batch.
+The work on pixels has two parts: `cut` runs Pillow on 8-bit pixels in background threads, without the GIL; `normalize`
+is arithmetic on the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,9 +28,13 @@ ARITHMETIC = {"resample", "do_rescale", "rescale_factor", "do_normalize", "image
 Named = TypeVar("Named")
 
 
+class BadImage(ValueError):
+    """A file that is missing or cannot be used: its row may be skipped, if the user wants that."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageProcessor:
-    """What becomes of an image. Build one with `data.images.load.load_image_processor`."""
+    """Turns images into tiles and tokens. Build one with `data.images.load.load_image_processor`."""
 
     token_id: int
     """The id of <image>."""
@@ -61,11 +65,11 @@ class ImageProcessor:
         raise NotImplementedError
 
     def check_size(self, width: int, height: int) -> None:
-        """Raise ValueError for a decompression bomb: an image with too many pixels now or on its way."""
+        """Raise BadImage for a decompression bomb: an image with too many pixels now or on its way."""
         for w, h in ((width, height), *self.sizes_on_the_way(width, height)):
             if Image.MAX_IMAGE_PIXELS and w * h > Image.MAX_IMAGE_PIXELS:
                 on_its_way = "" if (w, h) == (width, height) else f", {w} x {h} when resized or padded"
-                raise ValueError(
+                raise BadImage(
                     f"{width} x {height} pixels{on_its_way}: more than {Image.MAX_IMAGE_PIXELS:,}, "
                     "as a decompression bomb has (PIL.Image.MAX_IMAGE_PIXELS)"
                 )
@@ -140,13 +144,13 @@ def read_arithmetic(use: dict, path: Path) -> dict:
 
 
 def check_entries(given: dict, known: set[str], path: Path) -> None:
-    """Raise ValueError for an entry of a processor's file that nothing here looks at."""
+    """Raise ValueError for an entry of a processor's file that is not known here."""
     for key in given.keys() - known - ARITHMETIC - WITHOUT_EFFECT:
         raise ValueError(f"{path}: {key} = {shown(given[key])} is not supported")
 
 
 def per_channel(found: object, key: str, path: Path) -> tuple[float, ...]:
-    """A number, or one for each channel, as three."""
+    """Three numbers, from one for all channels or one for each."""
     values = tuple(found) if isinstance(found, list) else (found,) * 3
     if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
         raise ValueError(f"{path}: {key} = {shown(found)} must be one number or three")

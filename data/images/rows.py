@@ -23,7 +23,7 @@ class RowImages:
         if len(columns) > 1:
             raise ValueError("the row has both 'image' and 'images'; leave one")
         self.column: list[str] | None = None
-        """The files that the row lists beside its text."""
+        """The files that the row lists in a column of its own."""
         if columns:
             listed = row[columns[0]]
             listed = listed if isinstance(listed, list) else [listed]
@@ -33,11 +33,11 @@ class RowImages:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """In the order of their places. That these are as many is seen when the whole text is there."""
+        """In the order of their places; their number is checked once the whole text is known."""
         return tuple(self.of_parts if self.column is None else self.column)
 
     def string(self, text: str) -> Content:
-        """A message's string as its content: the placeholders in it become parts, if they are any."""
+        """A message's string as its content: its placeholders become parts."""
         if self.column is None or PLACEHOLDER not in text:
             return text
         parts: list[dict] = []

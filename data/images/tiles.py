@@ -25,8 +25,7 @@ from torch import Tensor
 
 from data.chat.contents import PLACEHOLDER
 from data.images.processor import ImageProcessor, check_entries, pixels_of, read_arithmetic, to_rgb, upright
-from data.json_rows import shown
-from data.tokenizers.added_tokens import read_json
+from data.json_rows import read_json, shown
 
 DEFAULTS = {
     "do_resize": True,
@@ -42,7 +41,7 @@ DEFAULTS = {
 }
 CLASSES = ("Idefics3ImageProcessor", "SmolVLMImageProcessor")  # and with Fast or Pil behind
 MODELS = ("idefics3", "smolvlm")
-PADDING, VIDEOS = {"do_pad", "return_row_col_info"}, {"video_sampling"}  # entries that are of no account here
+PADDING, VIDEOS = {"do_pad", "return_row_col_info"}, {"video_sampling"}  # entries that change nothing here
 LONGEST = 4096  # no side is ever made longer
 FRAME = "<fake_token_around_image>"
 
@@ -188,7 +187,5 @@ def _model(config: dict, tile: int, path: Path) -> tuple[int, int]:
     scale = config.get("scale_factor", 2)
     rows = tile // (config.get("vision_config") or {}).get("patch_size", 32)
     if rows < 1 or rows % scale:
-        raise ValueError(
-            f"{path}: a tile of {tile} pixels has {rows} rows of patches, no multiple of scale_factor {scale}"
-        )
+        raise ValueError(f"{path}: a tile of {tile} pixels has {rows} rows of patches, scale_factor is {scale}")
     return config.get("image_token_id", 128257), (rows // scale) ** 2

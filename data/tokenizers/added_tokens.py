@@ -3,7 +3,6 @@
 Every line follows `AddedVocabulary` of the `tokenizers` library.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import tiktoken
 
+from data.json_rows import read_json
 from data.tokenizers.byte_level_bpe import WHITE_SPACE
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -18,7 +18,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in the text before anything else happens to it; the fields are tokenizer.json's."""
+    """A token that is found in the text before it is normalised or split; the fields are tokenizer.json's."""
 
     content: str
     id: int
@@ -68,7 +68,7 @@ _SPACES = "".join(chr(i) for i in range(0x3001) if re.match(f"[{WHITE_SPACE}]", 
 def with_tokens_of_config(
     added: list[AddedToken], vocab: dict[str, int], folder: Path, config: dict, names: dict[str, str | None]
 ) -> list[AddedToken]:
-    """`added` and the tokens that only the files beside it know: listed with their ids, or only named.
+    """`added`, and the tokens that only the other files know: listed with their ids, or only named.
 
     `names` are the named tokens (bos_token …); whatever has a role is special, whatever it is listed as.
     """
@@ -103,16 +103,3 @@ def with_tokens_of_config(
 
 def content_of(token: str | dict | None) -> str | None:
     return token["content"] if isinstance(token, dict) else token
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object, empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content

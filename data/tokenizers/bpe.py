@@ -1,10 +1,12 @@
-"""What the tokenizers share: the merge loop of byte-pair encoding, and turning tokens back into text.
+"""What the tokenizers share: byte-pair encoding of a word, and turning tokens back into text.
 
 Both follow the `tokenizers` library to the letter, because a model only knows the ids it was trained on.
 """
 
 import heapq
 import re
+
+Span = tuple[int, int]
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -46,17 +48,68 @@ def merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[tuple[s
     return [(token, i, end[i]) for i, token in enumerate(tokens) if token is not None]
 
 
-def read_merges(model: dict, where: str) -> list[tuple[str, str]]:
-    """The merge rules of a tokenizer.json, best first: written as "a b" or, since 2024, as ["a", "b"]."""
+class BPE:
+    """A vocabulary and its merge rules, best first; the options are those of tokenizer.json's `model` section."""
+
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        *,
+        ignore_merges: bool = False,
+        unk_token: str | None = None,
+        fuse_unk: bool = False,
+        byte_fallback: bool = False,
+    ):
+        self.vocab, self.ignore_merges = vocab, ignore_merges
+        self.unk_token, self.fuse_unk, self.byte_fallback = unk_token, fuse_unk, byte_fallback
+        self.merge_ranks = {pair: rank for rank, pair in enumerate(merges)}
+
+    def tokens_of(self, word: str) -> list[tuple[str, int, int]]:
+        """(token, first, last + 1) of a word, with indices of its characters."""
+        if self.ignore_merges and word in self.vocab:
+            return [(word, 0, len(word))]
+        symbols: list[str] = []
+        places: list[Span] = []
+        for i, char in enumerate(word):
+            as_bytes = [f"<0x{byte:02X}>" for byte in char.encode()]
+            if char in self.vocab:
+                new = [char]
+            elif self.byte_fallback and as_bytes[0] in self.vocab:
+                new = as_bytes
+            elif self.unk_token is None:
+                new = []  # such a character vanishes, as it does in `tokenizers`
+            elif self.fuse_unk and symbols and symbols[-1] == self.unk_token:
+                new = []
+                places[-1] = (places[-1][0], i + 1)
+            else:
+                new = [self.unk_token]
+            symbols += new
+            places += [(i, i + 1)] * len(new)
+        tokens = merge(symbols, self.merge_ranks)
+        return [(token, places[first][0], places[last - 1][1]) for token, first, last in tokens]
+
+
+def char_of_each_byte(text: str) -> list[int]:
+    """For each byte of a text's UTF-8 form, the index of its character."""
+    return [i for i, char in enumerate(text) for _ in range(len(char.encode()))]
+
+
+def read_model(model: dict, where: str) -> dict:
+    """What `BPE` takes, from the model section of a tokenizer.json.
+
+    Merge rules are written as "a b" or, since 2024, as ["a", "b"].
+    """
     merges = [tuple(rule.split(" ")) if isinstance(rule, str) else tuple(rule) for rule in model["merges"]]
     vocab = model["vocab"]
     for rule in merges:
         if len(rule) != 2 or rule[0] not in vocab or rule[1] not in vocab or "".join(rule) not in vocab:
             raise ValueError(f"{where}: the merge rule {rule} names tokens that are not in the vocabulary")
-    return merges
+    options = {key: model.get(key) for key in ("ignore_merges", "unk_token", "fuse_unk", "byte_fallback")}
+    return {"vocab": vocab, "merges": merges} | options
 
 
-def byte_alphabet() -> list[str]:
+def _byte_alphabet() -> list[str]:
     """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's `bytes_to_unicode`).
 
     Printable Latin-1 bytes stand for themselves, the other 68 for U+0100 and up: a space is written "Ġ".
@@ -66,7 +119,13 @@ def byte_alphabet() -> list[str]:
     return [chr(byte if byte in itself else next(others)) for byte in range(256)]
 
 
-BYTE_OF = {char: byte for byte, char in enumerate(byte_alphabet())}
+_ALPHABET = _byte_alphabet()
+BYTE_OF = {char: byte for byte, char in enumerate(_ALPHABET)}
+
+
+def in_alphabet(data: bytes) -> str:
+    """Bytes in the characters that stand for them: b" world" is "Ġworld"."""
+    return "".join([_ALPHABET[byte] for byte in data])
 
 
 def join_tokens(tokens: list[str], decoder: dict | None) -> str:

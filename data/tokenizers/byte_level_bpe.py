@@ -19,10 +19,8 @@ from pathlib import Path
 
 import tiktoken
 
-from data.tokenizers.bpe import BYTE_OF, byte_alphabet, merge, read_merges
+from data.tokenizers.bpe import BPE, BYTE_OF, Span, char_of_each_byte, in_alphabet, read_model
 from data.tokenizers.unicode_nfc import compose
-
-Span = tuple[int, int]
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (
@@ -39,7 +37,7 @@ WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(f"[{WHITE_SPACE}]{{100000,}}")
 
 
-class ByteLevelBPE:
+class ByteLevelBPE(BPE):
     """One vocabulary. `vocab` maps tokens, in the byte alphabet ("Ġworld"), to ids.
 
     Exactly one of `merges` (rules, best first) and `ranks` (tiktoken's: bytes to rank) says what is joined.
@@ -52,27 +50,22 @@ class ByteLevelBPE:
         *,
         merges: list[tuple[str, str]] | None = None,
         ranks: dict[bytes, int] | None = None,
-        ignore_merges: bool = False,
-        unk_token: str | None = None,
-        fuse_unk: bool = False,
         add_prefix_space: bool = False,
         nfc: bool = False,
+        **options,
     ):
-        self.vocab, self.ignore_merges = vocab, ignore_merges
-        self.unk_token, self.fuse_unk = unk_token, fuse_unk
+        super().__init__(vocab, merges or [], **options)
         self.add_prefix_space, self.nfc = add_prefix_space, nfc
-        self.merge_ranks = {pair: rank for rank, pair in enumerate(merges or [])}
         self.is_rank_file = ranks is not None
         if ranks is None:
-            ranks = tiktoken_ranks(vocab, merges, ignore_merges)
+            ranks = tiktoken_ranks(vocab, merges, self.ignore_merges)
 
         # The possessive copy finds the same and does not overflow the stack on a million spaces at the end.
         split = re.sub(r"(?<=\|)\\s\+\((\?![^()]*)\)(?=\|)", r"\\s++(\1)|\\s+(\1)", split)
         self.encoding = self._encoding(split, ranks) if ranks else None
         self.known_bytes = {BYTE_OF[char] for char in vocab if char in BYTE_OF} if ranks else set()
         self.token_of_rank = {rank: token for token, rank in (ranks or {}).items()}
-        alphabet = byte_alphabet()
-        self.id_of_rank = {r: vocab["".join([alphabet[b] for b in t])] for r, t in self.token_of_rank.items()}
+        self.id_of_rank = {r: vocab[in_alphabet(t)] for r, t in self.token_of_rank.items()}
         self.splits_spaces = r"\s++(?!" in split
         self.splits_digits, self.splits_newlines = NUMERAL in split, r"[\r\n]" in split
         # For the slow path: gives the bytes of the first word of a text and nothing of the others.
@@ -105,7 +98,7 @@ class ByteLevelBPE:
                     pieces.append((start, stop))
         if not want_spans:
             return ids, []
-        char_at = range(len(data)) if len(data) == len(text) else _char_of_each_byte(text)
+        char_at = range(len(data)) if len(data) == len(text) else char_of_each_byte(text)
         shift = 1 if prefixed else 0  # the added space counts as part of the first character
         spans = [(char_at[start] - shift, char_at[stop - 1] + 1 - shift) for start, stop in pieces]
         return ids, [(max(start, 0), max(stop, 1)) for start, stop in spans]
@@ -127,33 +120,16 @@ class ByteLevelBPE:
         return [*parts, text[start:]]
 
     def _encode_slowly(self, text: str) -> tuple[list[int], list[Span]]:
-        """Ids and the bytes they cover, by the letter of `tokenizers`: bytes without a token vanish *before*
+        """Ids and the bytes they cover, exactly as in `tokenizers`: bytes without a token vanish *before*
         their neighbours are joined, or become the unknown token."""
         ids: list[int] = []
         spans: list[Span] = []
-        alphabet = byte_alphabet()
         offset = 0
         for word in self._words(text):
-            symbols: list[str] = []
-            places: list[Span] = []
-            for i, char in enumerate((alphabet[byte] for byte in word), start=offset):
-                if char in self.vocab:
-                    symbols.append(char)
-                    places.append((i, i + 1))
-                elif self.unk_token is not None and self.fuse_unk and symbols and symbols[-1] == self.unk_token:
-                    places[-1] = (places[-1][0], i + 1)
-                elif self.unk_token is not None:
-                    symbols.append(self.unk_token)
-                    places.append((i, i + 1))
-            offset += len(word)
-            whole = "".join([alphabet[byte] for byte in word])
-            if self.ignore_merges and whole in self.vocab:
-                ids.append(self.vocab[whole])
-                spans.append((offset - len(word), offset))
-                continue
-            for token, first, last in merge(symbols, self.merge_ranks):
+            for token, first, last in self.tokens_of(in_alphabet(word)):
                 ids.append(self.vocab[token])
-                spans.append((places[first][0], places[last - 1][1]))
+                spans.append((offset + first, offset + last))
+            offset += len(word)
         return ids, spans
 
     def _words(self, text: str) -> list[bytes]:
@@ -229,10 +205,6 @@ def tiktoken_ranks(
     return {bytes([BYTE_OF[char] for char in token]): rank for token, rank in ranks.items()}
 
 
-def _char_of_each_byte(text: str) -> list[int]:
-    return [i for i, char in enumerate(text) for _ in range(len(char.encode()))]
-
-
 def from_rank_file(path: Path) -> ByteLevelBPE:
     """Llama 3's original tokenizer.model: lines of a base64 token, a space and its rank, which is its id."""
     lines = path.read_bytes().splitlines()
@@ -240,27 +212,21 @@ def from_rank_file(path: Path) -> ByteLevelBPE:
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     except ValueError as error:
         raise ValueError(f"{path} is neither a SentencePiece model nor a tiktoken rank file: {error}") from None
-    alphabet = byte_alphabet()
     if not ranks.keys() >= {bytes([byte]) for byte in range(256)}:
         raise ValueError(f"{path} lacks some of the 256 single bytes; is it truncated?")
-    vocab = {"".join([alphabet[byte] for byte in token]): rank for token, rank in ranks.items()}
+    vocab = {in_alphabet(token): rank for token, rank in ranks.items()}
     return ByteLevelBPE(vocab, LLAMA3_SPLIT, ranks=ranks)
 
 
 def from_json(spec: dict, where: str) -> ByteLevelBPE:
     """The model, normalizer and pre_tokenizer sections of a tokenizer.json. Raises ValueError for what is not known."""
-    model, normalizer = spec["model"], spec.get("normalizer")
+    normalizer = spec.get("normalizer")
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     if [step["type"] for step in steps] not in ([], ["NFC"]):
-        raise ValueError(
-            f"{where}: normalizer {normalizer} is not supported with byte-level BPE (supported: none, NFC)"
-        )
+        raise ValueError(f"{where}: normalizer {normalizer} is not supported in byte-level BPE (supported: none, NFC)")
     split, add_prefix_space = _split_pattern(spec["pre_tokenizer"], where)
-    merges = read_merges(model, where)
-    options = {key: model.get(key) for key in ("ignore_merges", "unk_token", "fuse_unk")}
-    return ByteLevelBPE(
-        model["vocab"], split, merges=merges, add_prefix_space=add_prefix_space, nfc=bool(steps), **options
-    )
+    read = read_model(spec["model"], where) | {"byte_fallback": False}  # every byte is a character here
+    return ByteLevelBPE(split=split, add_prefix_space=add_prefix_space, nfc=bool(steps), **read)
 
 
 def _split_pattern(pre_tokenizer: dict, where: str) -> tuple[str, bool]:

@@ -11,20 +11,19 @@ Where the ids come from, in this order:
     tokenizer.model, tiktoken's ranks      byte_level_bpe.ByteLevelBPE (tiktoken)     tiktoken with Llama 3's pattern
     tokenizer.model, SentencePiece         sentencepiece_bpe.SentencePieceModel       `sentencepiece`
 
-Each file is taken at its word. transformers 5 does not always do so: for some classes (LlamaTokenizer, GPT2Tokenizer)
-it takes only the vocabulary and the rules from a tokenizer.json and writes the rest anew, and from a SentencePiece
-model it takes the pieces but not their scores, which changes how runs of spaces, thus indented code, are split.
+Each file is followed to the letter. transformers 5 does not always do so. For some classes (LlamaTokenizer,
+GPT2Tokenizer) it takes only the vocabulary and the rules from a tokenizer.json and rebuilds the rest. From a
+SentencePiece model it takes the pieces but not their scores, which changes how runs of spaces are split.
 """
 
 import json
 import re
 from pathlib import Path
 
+from data.json_rows import read_json
 from data.tokenizers import byte_level_bpe, sentencepiece_bpe
-from data.tokenizers.added_tokens import NAMED, AddedToken, Finder, content_of, read_json, with_tokens_of_config
-from data.tokenizers.bpe import check_decoder, join_tokens
-
-Span = tuple[int, int]
+from data.tokenizers.added_tokens import NAMED, AddedToken, Finder, content_of, with_tokens_of_config
+from data.tokenizers.bpe import Span, check_decoder, join_tokens
 
 # Llama 3.1's 256 special tokens follow its 128,000 ranks; the rest are <|reserved_special_token_3|> and up.
 LLAMA3_SPECIAL = """<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> <|reserved_special_token_1|>
@@ -99,9 +98,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"character {error.start} of the text is a lone surrogate, which no tokenizer takes"
-            ) from None
+            raise ValueError(f"character {error.start} of the text is a lone surrogate: it is not Unicode") from None
         ids: list[int] = []
         spans: list[Span] = []
         for start, stop, token in self._literal.split(text):
@@ -166,9 +163,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     else:
         # transformers 5 adds a BOS only where tokenizer_config.json says so. As Meta published them, though, neither
         # Llama 2's nor Llama 3's tokenizer.model has such a file, and both begin every text with BOS.
-        as_published = (
-            isinstance(model, byte_level_bpe.ByteLevelBPE) or not (folder / "tokenizer_config.json").is_file()
-        )
+        has_config = (folder / "tokenizer_config.json").is_file()
+        as_published = isinstance(model, byte_level_bpe.ByteLevelBPE) or not has_config
         tokenizer.adds_bos = tokenizer.bos_id is not None and bool(config.get("add_bos_token", as_published))
         tokenizer.adds_eos = tokenizer.eos_id is not None and bool(config.get("add_eos_token", False))
     return tokenizer
@@ -181,12 +177,8 @@ def _from_json(path: Path) -> tuple:
     kind = model.get("type", "BPE" if "merges" in model else None)
     if kind != "BPE":
         raise ValueError(f"{path} holds a tokenizer of type {kind}; only BPE (Llama, Qwen, GPT-2 …) is supported")
-    for key, normal in (
-        ("dropout", (None, 0)),
-        ("continuing_subword_prefix", (None, "")),
-        ("end_of_word_suffix", (None, "")),
-    ):
-        if model.get(key) not in normal:
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
             raise ValueError(f"{path}: BPE with {key} = {model[key]!r} is not supported")
     check_decoder(spec.get("decoder"), str(path))
     is_byte_level = '"ByteLevel"' in json.dumps(spec.get("pre_tokenizer"))

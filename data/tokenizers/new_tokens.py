@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from data.tokenizers.added_tokens import AddedToken, read_json
+from data.json_rows import read_json
+from data.tokenizers.added_tokens import AddedToken
 from data.tokenizers.load import Tokenizer, load_tokenizer
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -14,7 +15,7 @@ FILES += ("vocab.json", "merges.txt")
 
 
 def read_tokens(arguments: Sequence[str]) -> list[str]:
-    """The tokens of a command line: themselves, or one file with one per line. Raises ValueError for doubtful ones."""
+    """The tokens of a command line: themselves, or one file with one per line. Raises ValueError for bad ones."""
     tokens = list(arguments)
     if len(tokens) == 1 and Path(tokens[0]).is_file():
         tokens = [line for line in Path(tokens[0]).read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from data.tokenizers.bpe import merge, read_merges
-
-Span = tuple[int, int]
+from data.tokenizers.bpe import BPE, Span, char_of_each_byte, read_model
 
 MARK = "▁"
 DECODER = [{"type": "Replace", "pattern": {"String": MARK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
@@ -21,30 +19,26 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 CACHED_WORDS = 200_000
 
 
-class MetaspaceBPE:
+class MetaspaceBPE(BPE):
     """BPE over characters with byte fallback.
 
     `prepend`: where a Metaspace pre-tokenizer puts a "▁" that is not there yet: "never", "first" (before the beginning
     of the whole text) or "always" (before every stretch between special tokens). None: there is no Metaspace.
     """
 
-    def __init__(
-        self, model: dict, merges: list[tuple[str, str]], *, normalizers: list[dict], prepend: str | None, split: bool
-    ):
-        self.vocab = model["vocab"]
-        self.unk_token, self.fuse_unk = model.get("unk_token"), model.get("fuse_unk", False)
-        self.byte_fallback = model.get("byte_fallback", False)
-        self.ignore_merges = model.get("ignore_merges", False)
+    def __init__(self, *, normalizers: list[dict], prepend: str | None, split: bool, **model):
+        super().__init__(**model)
         self.normalizers, self.prepend = normalizers, prepend
-        self.merge_ranks = {pair: rank for rank, pair in enumerate(merges)}
-        # Where no rule joins anything to a "▁" behind it, words are independent, and most of them are old friends.
-        independent = MARK in self.vocab and not any(re.search(f"[^{MARK}]{MARK}", "".join(pair)) for pair in merges)
+        # Where no rule joins anything to a "▁" behind it, words are independent, and most of them come again.
+        inside = re.compile(f"[^{MARK}]{MARK}")
+        independent = MARK in self.vocab and not any(inside.search(a + b) for a, b in self.merge_ranks)
         if split:
-            self.words = re.compile(f"{MARK}[^{MARK}]*|[^{MARK}]+")
+            pattern = f"{MARK}[^{MARK}]*|[^{MARK}]+"
+        elif independent and not self.ignore_merges:
+            pattern = f"{MARK}*[^{MARK}]+|{MARK}+"
         else:
-            self.words = re.compile(
-                f"{MARK}*[^{MARK}]+|{MARK}+" if independent and not self.ignore_merges else r"[\s\S]+"
-            )
+            pattern = r"[\s\S]+"
+        self.words = re.compile(pattern)
         self.cache: dict[str, list[tuple[str, int, int]]] = {}
 
     def normalize(self, text: str) -> tuple[str, list[Span] | None]:
@@ -70,7 +64,7 @@ class MetaspaceBPE:
         for word in self.words.finditer(text):
             tokens = self.cache.get(word[0])
             if tokens is None:
-                tokens = self._tokens(word[0])
+                tokens = self.tokens_of(word[0])
                 if len(self.cache) < CACHED_WORDS and len(word[0]) < 100:
                     self.cache[word[0]] = tokens
             ids += [self.vocab[token] for token, _, _ in tokens]
@@ -78,30 +72,6 @@ class MetaspaceBPE:
                 start = word.start() - added  # the added mark counts as part of the first character
                 spans += [(max(start + first, 0), max(start + last, 1)) for _, first, last in tokens]
         return ids, spans
-
-    def _tokens(self, word: str) -> list[tuple[str, int, int]]:
-        """(token, first, last + 1) of a word, with indices of its characters."""
-        if self.ignore_merges and word in self.vocab:
-            return [(word, 0, len(word))]
-        symbols: list[str] = []
-        places: list[Span] = []
-        for i, char in enumerate(word):
-            as_bytes = [f"<0x{byte:02X}>" for byte in char.encode()]
-            if char in self.vocab:
-                new = [char]
-            elif self.byte_fallback and as_bytes[0] in self.vocab:
-                new = as_bytes
-            elif self.unk_token is None:
-                new = []  # such a character vanishes, as it does in `tokenizers`
-            elif self.fuse_unk and symbols and symbols[-1] == self.unk_token:
-                new = []
-                places[-1] = (places[-1][0], i + 1)
-            else:
-                new = [self.unk_token]
-            symbols += new
-            places += [(i, i + 1)] * len(new)
-        tokens = merge(symbols, self.merge_ranks)
-        return [(token, places[first][0], places[last - 1][1]) for token, first, last in tokens]
 
 
 def from_json(spec: dict, where: str) -> MetaspaceBPE:
@@ -111,25 +81,19 @@ def from_json(spec: dict, where: str) -> MetaspaceBPE:
     for step in steps:
         replaces = step["type"] == "Replace" and len(step["pattern"].get("String", "")) == len(step["content"]) == 1
         if not replaces and step["type"] != "Prepend":
-            raise ValueError(
-                f"{where}: normalizer {step} is not supported (supported: Prepend, Replace of one character)"
-            )
+            raise ValueError(f"{where}: normalizer {step} is not supported (supported: Prepend, one-character Replace)")
     if [step["type"] for step in steps].count("Prepend") > 1:
         raise ValueError(f"{where}: more than one Prepend normalizer is not supported")
 
     prepend, split = None, False
     if pre_tokenizer is not None:
         if pre_tokenizer["type"] != "Metaspace" or pre_tokenizer["replacement"] != MARK:
-            raise ValueError(
-                f"{where}: pre_tokenizer {pre_tokenizer} is not supported (supported: none, Metaspace of ▁)"
-            )
+            raise ValueError(f"{where}: pre_tokenizer {pre_tokenizer} is not supported (supported: none, Metaspace ▁)")
         always = "always" if pre_tokenizer.get("add_prefix_space", True) else "never"
         prepend, split = pre_tokenizer.get("prepend_scheme", always), pre_tokenizer.get("split", True)
     if sum(f"<0x{byte:02X}>" in spec["model"]["vocab"] for byte in range(256)) not in (0, 256):
         raise ValueError(f"{where}: the vocabulary has only some of the 256 byte tokens, <0x00> to <0xFF>")
-    return MetaspaceBPE(
-        spec["model"], read_merges(spec["model"], where), normalizers=steps, prepend=prepend, split=split
-    )
+    return MetaspaceBPE(normalizers=steps, prepend=prepend, split=split, **read_model(spec["model"], where))
 
 
 class SentencePieceModel:
@@ -165,7 +129,7 @@ class SentencePieceModel:
             return model.encode(text), []
         # Versions of the package differ in what else they offer; the serialized SentencePieceText they all have.
         pieces = [value for field, value in _fields(model.encode(text, out_type="serialized_proto")) if field == 2]
-        char_at = [i for i, char in enumerate(text) for _ in range(len(char.encode()))] + [len(text)]
+        char_at = [*char_of_each_byte(text), len(text)]
         ids: list[int] = []
         spans: list[Span] = []
         for piece in map(dict, map(_fields, pieces)):

@@ -6,7 +6,7 @@ Its tables are those of Unicode 10, Python's are newer: what has been added sinc
 import re
 import unicodedata
 
-Span = tuple[int, int]
+from data.tokenizers.bpe import Span
 
 # Marks, and letters that compose, from Unicode 11 to 18.
 NOT_COMPOSED = re.compile(
@@ -42,6 +42,6 @@ def compose(text: str) -> tuple[str, list[Span] | None]:
 
 
 def _joins_previous(char: str) -> bool:
-    """Whether composing may draw `char` to what stands before it: marks, vowel signs, the jamo of a syllable."""
+    """Whether composing may join `char` to what stands before it: marks, vowel signs, the jamo of a syllable."""
     mark = unicodedata.combining(char) or unicodedata.category(char)[0] == "M" or "\u1160" <= char <= "\u11ff"
     return bool(mark) and not NOT_COMPOSED.match(char)

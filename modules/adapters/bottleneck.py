@@ -2,11 +2,7 @@
 
     adapter(h) = W_up f(W_down h + b_down) + b_up          W_down [r, D], W_up [D, r], f a non-linearity
 
-What differs is where they stand and what they read; each of these files holds one way:
-
-    houlsby.py     behind attention and behind the feed-forward, reading what these write
-    pfeiffer.py    behind the feed-forward only
-    parallel.py    beside the feed-forward, reading what it reads
+They differ in where they stand and what they read: see houlsby.py, pfeiffer.py and parallel.py in methods/.
 
 W_up and both biases start at zero and W_down at random, as LoRA does (arXiv:2106.09685): training starts at the base
 model, exactly, and W_up has a gradient from the first step on. `--rank` is the size r of the bottleneck and `--dropout`
@@ -26,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.adapters.options import Options
-from modules.adapters.parts import fill, find_saved, find_targets, replace_modules, tensors_of
+from modules.adapters.parts import find_saved, find_targets, modules_of, put_in, tensors_of
 
 KEY = "adapter."
 
@@ -34,15 +30,7 @@ KEY = "adapter."
 class Bottleneck(nn.Module):
     """scale · (up(dropout(f(down(x))))): [.., D] → [.., r] → [.., D], computed in x's dtype."""
 
-    def __init__(
-        self,
-        dim: int,
-        options: Options,
-        activation: Callable[[Tensor], Tensor],
-        *,
-        scale: float = 1.0,
-        device: torch.device,
-    ):
+    def __init__(self, dim: int, options: Options, activation: Callable, *, scale: float = 1.0, device: torch.device):
         super().__init__()
         self.down = nn.Linear(dim, options.rank, device=device, dtype=options.dtype)
         self.up = nn.Linear(options.rank, dim, device=device, dtype=options.dtype)
@@ -59,25 +47,17 @@ class Bottleneck(nn.Module):
 
 
 def add(model: nn.Module, options: Options, layer: type[nn.Module]) -> list[str]:
-    """Replace modules by `layer`, a class that says in `replaces` what and in `targets` which, and has an `adapter`."""
-    if options.rank < 1:
-        raise ValueError(f"--rank {options.rank}, the size of the bottleneck, must be at least 1")
-    if not 0 <= options.dropout < 1:
-        raise ValueError(f"--dropout {options.dropout} must lie in [0, 1)")
-    modules = find_targets(model, layer.targets if options.targets is None else options.targets, layer.replaces)
-    model.requires_grad_(False)
-    return replace_modules(model, {name: layer(module, options) for name, module in modules.items()})
+    """Replace modules by `layer`, whose `replaces` (a class) and `targets` (names) say which; it has an `adapter`."""
+    targets = layer.targets if options.targets is None else options.targets
+    modules = find_targets(model, targets, layer.replaces, layer.replaces.__name__)
+    return put_in(model, {name: layer(module, options) for name, module in modules.items()})
 
 
 def export(model: nn.Module, layer: type[nn.Module]) -> tuple[dict, dict[str, Tensor]]:
-    layers = {name: module for name, module in model.named_modules() if type(module) is layer}
+    layers = modules_of(model, layer)
     first = next(iter(layers.values())).adapter
     sizes = {"bottleneck_size": first.down.out_features, "alpha": first.alpha, "dropout": first.dropout.p}
     return {"peft_type": layer.peft_type, "target_modules": sorted(layers)} | sizes, tensors_of(layers, KEY)
-
-
-def opens(config: dict, layer: type[nn.Module]) -> bool:
-    return config.get("peft_type") == layer.peft_type
 
 
 def load(
@@ -86,9 +66,6 @@ def load(
     for field in ("bottleneck_size", "alpha"):
         if not isinstance(config.get(field), int | float) or config[field] <= 0:
             raise ValueError(f"{field} is {config.get(field)!r}, expected a positive number")
-    modules = find_saved(model, tensors, KEY, layer.replaces)
+    modules = find_saved(model, tensors, KEY, layer.replaces, layer.replaces.__name__)
     options = Options(rank=config["bottleneck_size"], alpha=config["alpha"], dropout=0.0, dtype=dtype)
-    model.requires_grad_(False)
-    new = {name: layer(module, options) for name, module in modules.items()}
-    fill(new, KEY, tensors)
-    return replace_modules(model, new)
+    return put_in(model, {name: layer(module, options) for name, module in modules.items()}, KEY, tensors)

@@ -14,30 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.adapters.lora_embedding import LoRAEmbedding
-from modules.adapters.parts import names_no
+from modules.adapters.parts import FrozenLinear, find_targets, modules_of, names_no, put_in
 from modules.adapters.peft_names import look_up
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class LoRALinear(nn.Linear):
-    """A frozen linear layer (nn.Linear or a subclass of it, such as NF4Linear) with a trained low-rank addition.
+class LoRALinear(FrozenLinear):
+    """A frozen linear layer with a trained low-rank addition.
 
-    `weight` and `bias` keep their names, so the base checkpoint's keys still fit; the adapter adds `lora_A.weight` and
-    `lora_B.weight`, PEFT's names. The adapter is float32 unless said otherwise and is cast to x's dtype where used.
-
-    For these keys (`q_proj.weight`, not `q_proj.base.weight`) the layer inherits from nn.Linear instead of holding one,
-    and calls `base_class.forward(self, x)`: the base's class knows how the weight is stored, and finds it here.
+    The adapter adds `lora_A.weight` and `lora_B.weight`, PEFT's names. They are float32 by default and are cast to x's
+    dtype where they are used.
     """
 
     embedding: type[LoRAEmbedding] | None = LoRAEmbedding
     """What `add_lora` puts in place of a target that is an embedding; None: it refuses such targets."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype):
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        self.base_class = type(base)  # knows how to multiply by the frozen weight, in whatever form it is stored
-        self.requires_grad_(False)
+        super().__init__(base)
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device, dtype=dtype)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device, dtype=dtype)
@@ -51,7 +45,7 @@ class LoRALinear(nn.Linear):
         return self.alpha / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_class.forward(self, x)
+        y = self.frozen(x)
         a = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))
         return y + F.linear(a, self.lora_B.weight.to(x.dtype)) * self.scaling
 
@@ -64,11 +58,6 @@ class LoRALinear(nn.Linear):
         """(α/r) · B A, [out, in] float32: what merging adds to the weight."""
         return (self.lora_B.weight.float() @ self.lora_A.weight.float()) * self.scaling
 
-    def dense_weight(self) -> Tensor:
-        """W, whatever form it is stored in; of a quantised layer a copy."""
-        dense = getattr(self.base_class, "dense_weight", None)
-        return dense(self) if dense else self.weight
-
     def merged_weight(self) -> Tensor:
         """The one matrix, in float32, that does what W and the adapter do."""
         dense = self.dense_weight().float()
@@ -77,10 +66,7 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain layer with the same outputs: W + (α/r) · B A, added in float32 and rounded to W's dtype once."""
-        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        layer.weight = nn.Parameter(self.merged_weight().to(self.weight.dtype), requires_grad=False)
-        layer.bias = self.bias
-        return layer.train(self.training)
+        return self.dense(self.merged_weight())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha}"
@@ -106,23 +92,18 @@ def add_lora(
     """
     check_sizes(rank, dropout, targets)
     targets = ALL_LINEAR if targets is None else targets
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
-    names = [name for name in layers if any(_names(target, name) for target in targets)]
-    if unknown := [target for target in targets if not any(_names(target, name) for name in layers)]:
-        known = sorted({name.rpartition(".")[2] for name in layers})
-        raise ValueError(f"{names_no('--targets', unknown, 'linear layer')}; the model has {', '.join(known)}")
+    layers = find_targets(model, targets, nn.Linear | nn.Embedding)
     for flag, pattern in (("--rank-pattern", rank_pattern), ("--alpha-pattern", alpha_pattern)):
-        if unknown := [key for key in pattern or {} if not any(look_up({key: True}, name, False) for name in names)]:
+        if unknown := [key for key in pattern or {} if not any(look_up({key: True}, name, False) for name in layers)]:
             raise ValueError(names_no(flag, unknown, "layer that --targets names"))
-    model.requires_grad_(False)
-    for name in names:
-        kind = layer if isinstance(layers[name], nn.Linear) else getattr(layer, "embedding", None)
+    new = {}
+    for name, base in layers.items():
+        kind = layer if isinstance(base, nn.Linear) else getattr(layer, "embedding", None)
         if kind is None:
             raise ValueError(f"--targets {name} is an embedding, for which {layer.__name__} has no form")
         sizes = look_up(rank_pattern, name, rank), look_up(alpha_pattern, name, alpha)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, kind(layers[name], *sizes, dropout, dtype))
-    return names
+        new[name] = kind(base, *sizes, dropout, dtype)
+    return put_in(model, new)
 
 
 def check_sizes(rank: int, dropout: float, targets: Sequence[str] | None) -> None:
@@ -135,16 +116,4 @@ def check_sizes(rank: int, dropout: float, targets: Sequence[str] | None) -> Non
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Replace every adapted layer by a plain linear layer with the same outputs (an NF4 base becomes dense)."""
-    for name, layer in list(model.named_modules()):
-        if hasattr(layer, "merged"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer.merged())
-
-
-def _names(target: str, layer: str) -> bool:
-    return layer == target or layer.endswith(f".{target}")
+    return modules_of(model, LoRALinear)

@@ -50,7 +50,7 @@ def combine(
 ) -> Adapter:
     """The combined adapter; a module that some adapters lack is made from those that have it.
 
-    `rank` is for svd and its kin (default: the adapters' largest), `density` in (0, 1] for those that prune.
+    `rank` is for svd and *_svd (default: the adapters' largest), `density` in (0, 1] for combinations that prune.
     Random drops come from `generator`, module after module in the order of the settings. Raises ValueError for
     settings that do not fit, and for ranks that differ where they must not.
     """
@@ -158,7 +158,7 @@ def _check(adapters, weights, combination, rank, density, majority) -> None:
     if density is not None and not prunes:
         raise ValueError(f"a density is for combinations that prune; {combination} keeps everything")
     if rank is not None and not combination.endswith("svd"):
-        raise ValueError(f"a rank is for svd and its kin; that of {combination} follows from the adapters")
+        raise ValueError(f"a rank is for svd and *_svd; that of {combination} follows from the adapters")
     if rank is not None and rank < 1:
         raise ValueError(f"the rank {rank} must be at least 1")
     if majority not in ("total", "frequency"):

@@ -1,4 +1,4 @@
-"""LoRA in the table of methods, and on disk: PEFT's LoraConfig, which most of LoRA's relatives share.
+"""LoRA as a method, and on disk: PEFT's LoraConfig, which most of LoRA's relatives share.
 
 A layer's tensors are `lora_A.weight` [r, in] and `lora_B.weight` [out, r] behind its name, an embedding's
 `lora_embedding_A` [r, V] and `lora_embedding_B` [D, r]; relatives add theirs. The config holds one rank, alpha and
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from modules.adapters.lora import LoRALinear, add_lora, lora_layers
-from modules.adapters.lora_embedding import LoRAEmbedding, lora_embeddings
+from modules.adapters.lora_embedding import LoRAEmbedding
 from modules.adapters.options import Options
-from modules.adapters.parts import first_few, replace_modules
+from modules.adapters.parts import find_saved, modules_of, put_in, tensors_of
 from modules.adapters.peft_names import PREFIX, look_up, shorten_pattern, target_modules
 
+KEY = "lora_"
 # Features of PEFT's LoraConfig that change the arithmetic and that LoRALinear does not have.
 UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "use_qalora")
 UNSUPPORTED += ("alora_invocation_tokens", "use_bdlora", "kasa_config", "monteclora_config")
@@ -31,8 +32,8 @@ def add(model: nn.Module, options: Options, layer: type[LoRALinear] = LoRALinear
 
 
 def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
-    layers = lora_layers(model) | lora_embeddings(model)
-    tensors = {f"{PREFIX}{name}.{key}": p for name, layer in layers.items() for key, p in adapter_of(layer).items()}
+    layers = lora_layers(model) | modules_of(model, LoRAEmbedding)
+    tensors = tensors_of(layers, KEY)
     settings = {name: {"rank": layer.rank, "alpha": layer.alpha} for name, layer in layers.items()}
     targets = target_modules(layers, (name for name, _ in model.named_modules()))
     dropout = next((layer.dropout.p for layer in lora_layers(model).values()), 0.0)
@@ -75,40 +76,22 @@ def load(
 ) -> list[str]:
     """Freeze the model and put a saved adapter into it, as layers of this class.
 
-    Raises one ValueError for all modules that the model lacks or whose shapes differ.
+    Raises one ValueError for all modules that the model lacks, and one for all tensors that do not fit.
     """
     settings, tensors = read_layers(config, tensors)
-    model.requires_grad_(False)
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
-    new, wrong = {}, []
+    tensors = {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
+    modules = find_saved(model, tensors, KEY, nn.Linear | nn.Embedding)
+    new = {}
     for name, setting in settings.items():
-        if name not in modules:
-            wrong.append(f"{name} (no such linear layer)")
-            continue
         kind = layer if isinstance(modules[name], nn.Linear) else layer.embedding
         if kind is None:
             raise ValueError(f"it adapts {name}, an embedding, for which {layer.__name__} has no form")
         new[name] = kind(modules[name], setting["rank"], setting["alpha"], 0.0, dtype)
-        wanted = {f"{name}.{key}": tuple(p.shape) for key, p in adapter_of(new[name]).items()}
-        found = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key.startswith(f"{name}.lora_")}
-        if found != wanted:
-            wrong.append(f"{name} (it holds {found}, expected {wanted})")
-    if wrong:
-        raise ValueError(f"it does not fit this model: {first_few(wrong)}")
-    for name, module in new.items():
-        with torch.no_grad():
-            for key, parameter in adapter_of(module).items():
-                parameter.copy_(tensors[f"{name}.{key}"])
-    return replace_modules(model, new)
-
-
-def adapter_of(layer: LoRALinear | LoRAEmbedding) -> dict[str, nn.Parameter]:
-    """A layer's own parameters, without those of the layer that it adapts."""
-    return {key: p for key, p in layer.named_parameters() if key.startswith("lora_")}
+    return put_in(model, new, KEY, tensors)
 
 
 def factor_names(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    """How A and B of a module are called among an adapter's tensors: an embedding's otherwise than a linear layer's."""
+    """The names of a module's A and B among an adapter's tensors; an embedding's differ from a linear layer's."""
     if f"{name}.lora_embedding_A" in tensors:
         return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
     return f"{name}.lora_A.weight", f"{name}.lora_B.weight"

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.adapters.lora_peft import factor_names
-from modules.adapters.parts import FrozenLinear, first_few, replace_modules
+from modules.adapters.parts import FrozenLinear, first_few, modules_of, replace_modules
 from modules.adapters.switch import base_layer
 
 
@@ -79,7 +79,7 @@ class LoRASet:
 
     @property
     def layers(self) -> dict[str, ManyLoRALinear]:
-        return {name: m for name, m in self.model.named_modules() if isinstance(m, ManyLoRALinear)}
+        return modules_of(self.model, ManyLoRALinear)
 
     def add(
         self, name: str, settings: dict[str, dict], tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32

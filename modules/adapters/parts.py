@@ -1,10 +1,11 @@
-"""What the files of the methods share: finding and replacing modules, frozen layers, and tensors by PEFT's name.
+"""What the methods share: frozen layers to add to, finding and replacing modules, and tensors by PEFT's name.
 
-A method replaces a module by a subclass of it that takes over its parameters, so the base checkpoint's names still fit,
-and adds trained ones, all of whose names begin with one word: the `key` of the functions below.
+A method replaces a module by a subclass of it that takes over its parameters, so the base checkpoint's names still fit
+(`q_proj.weight`, not `q_proj.base.weight`), and adds trained parameters, all of whose names begin with one word: the
+`key` of the functions below.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +14,28 @@ from modules.adapters.peft_names import PREFIX
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer (nn.Linear or a subclass of it, such as NF4Linear), frozen, for a subclass to add to."""
+    """A linear layer (nn.Linear or a subclass such as NF4Linear), frozen, for a subclass to add to.
+
+    It calls `base_class.forward(self, x)`: the base's class knows how the weight is stored, and finds it here.
+    """
 
     def __init__(self, base: nn.Linear):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.base_class = type(base)  # knows how to multiply by the frozen weight, in whatever form it is stored
+        self.base_class = type(base)
         self.requires_grad_(False).train(base.training)
 
     def frozen(self, x: Tensor) -> Tensor:
         return self.base_class.forward(self, x)
 
+    def dense_weight(self) -> Tensor:
+        """W, in whatever form it is stored; for a quantised layer this is a copy."""
+        dense = getattr(self.base_class, "dense_weight", None)
+        return dense(self) if dense else self.weight
+
     def dense(self, weight: Tensor | None = None, bias: Tensor | None = None) -> nn.Linear:
         """A plain layer with these float32 parameters (default: the frozen ones) in the frozen weight's dtype."""
-        if weight is None:
-            dense_weight = getattr(self.base_class, "dense_weight", None)
-            weight = dense_weight(self) if dense_weight else self.weight
+        weight = self.dense_weight() if weight is None else weight
         bias = self.bias if bias is None else bias
         layer = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
         layer.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
@@ -36,33 +43,88 @@ class FrozenLinear(nn.Linear):
         return layer.train(self.training)
 
 
-def find_targets(model: nn.Module, targets: Sequence[str], kind: type[nn.Module] = nn.Linear) -> dict[str, nn.Module]:
-    """The modules of a kind that --targets names, in full or by last components (`q_proj`, `self_attn.q_proj`).
+def adopt(module: nn.Module, base: nn.Module) -> None:
+    """Let `module` take over all that `base` has: its parameters and sub-modules, shared, and its settings."""
+    module.__dict__.update({name: dict(v) if isinstance(v, dict) else v for name, v in vars(base).items()})
 
-    Raises ValueError for a target that names none.
+
+def adopted(module: nn.Module, kind: type[nn.Module], *, without: str) -> nn.Module:
+    """The inverse: a `kind` with all that `module` has except its sub-module `without`."""
+    base = kind.__new__(kind)
+    adopt(base, module)
+    del base._modules[without]
+    return base
+
+
+class FrozenEmbedding(nn.Embedding):
+    """An embedding (nn.Embedding or a subclass such as HostEmbedding), frozen, for a subclass to add to."""
+
+    def __init__(self, base: nn.Embedding):
+        super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
+        self.weight, self.base_class = base.weight, type(base)
+        self.device = getattr(base, "device", base.weight.device)  # a HostEmbedding's is where its rows go
+        self.requires_grad_(False).train(base.training)
+
+    def frozen(self, ids: Tensor) -> Tensor:
+        return self.base_class.forward(self, ids)
+
+    def base_layer(self) -> nn.Embedding:
+        """The embedding alone; its weight is shared."""
+        base = self.base_class(self.num_embeddings, self.embedding_dim, device="meta")
+        base.weight, base.device = self.weight, self.device
+        return base.train(self.training)
+
+    def dense(self, weight: Tensor) -> nn.Embedding:
+        """A plain embedding with this weight, in the frozen weight's dtype."""
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        embedding.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
+        return embedding.train(self.training)
+
+
+def modules_of(model: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Module]:
+    """The model's modules of a class, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def match_names(names: Iterable[str], wanted: Sequence[str], flag: str, kind: str) -> list[str]:
+    """The module names that `wanted` stands for, in full or by last components (`q_proj`, `self_attn.q_proj`).
+
+    Raises ValueError, which speaks of the flag's values, for one that stands for none.
     """
+    names = list(names)
+    hits = {value: [name for name in names if f".{name}".endswith(f".{value}")] for value in wanted}
+    if unknown := [value for value in wanted if not hits[value]]:
+        known = sorted({name.rpartition(".")[2] for name in names})
+        raise ValueError(f"{names_no(flag, unknown, kind)}; the model has {', '.join(known)}")
+    return [name for name in names if any(name in hit for hit in hits.values())]
+
+
+def find_targets(
+    model: nn.Module, targets: Sequence[str], kind: type[nn.Module] = nn.Linear, called: str = "linear layer"
+) -> dict[str, nn.Module]:
+    """The modules of a class (`called` so in errors) that --targets names. ValueError for a target that names none."""
     if not targets:
-        raise ValueError(f"--targets is empty: name at least one {kind.__name__}")
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
-    hits = {target: [name for name in modules if f".{name}".endswith(f".{target}")] for target in targets}
-    if unknown := [target for target in targets if not hits[target]]:
-        known = sorted({name.rpartition(".")[2] for name in modules})
-        raise ValueError(f"{names_no('--targets', unknown, kind.__name__)}; the model has {', '.join(known)}")
-    return {name: module for name, module in modules.items() if any(name in names for names in hits.values())}
+        raise ValueError(f"--targets is empty: name at least one {called}")
+    modules = modules_of(model, kind)
+    return {name: modules[name] for name in match_names(modules, targets, "--targets", called)}
 
 
 def names_no(flag: str, unknown: Sequence[str], kind: str) -> str:
-    """How an error begins that accuses a flag's values: `--targets q_prj names no Linear`."""
+    """The beginning of an error about a flag's values: `--targets q_prj names no linear layer`."""
     return f"{flag} {', '.join(unknown)} name{'s' * (len(unknown) == 1)} no {kind}"
 
 
 def find_saved(
-    model: nn.Module, tensors: Mapping[str, Tensor], key: str, kind: type[nn.Module] = nn.Linear
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    key: str,
+    kind: type[nn.Module] = nn.Linear,
+    called: str = "linear layer",
 ) -> dict[str, nn.Module]:
     """The modules that a saved adapter's tensors belong to. Raises ValueError for those that the model lacks."""
     names = sorted({name.removeprefix(PREFIX).partition(f".{key}")[0] for name in tensors})
     modules = dict(model.named_modules())
-    if missing := [f"{name} (no such {kind.__name__})" for name in names if not isinstance(modules.get(name), kind)]:
+    if missing := [f"{name} (no such {called})" for name in names if not isinstance(modules.get(name), kind)]:
         raise ValueError(f"it does not fit this model: {first_few(missing)}")
     if not names:
         raise ValueError("it holds no tensors")
@@ -70,15 +132,24 @@ def find_saved(
 
 
 def first_few(faults: Sequence[str], most: int = 3) -> str:
-    """What an error lists of many like faults: an adapter for another model fits in none of its modules."""
+    """The first of many similar faults, for an error: an adapter for another model fits none of its modules."""
     more = f" and {len(faults) - most} more" if len(faults) > most else ""
     return ", ".join(faults[:most]) + more
 
 
+def put_in(
+    model: nn.Module, new: Mapping[str, nn.Module], key: str = "", tensors: Mapping[str, Tensor] | None = None
+) -> list[str]:
+    """Freeze the model and replace its modules by `new`, filled with a saved adapter's tensors if given; → names."""
+    if tensors is not None:
+        fill(tensors_of(new, key), tensors)
+    model.requires_grad_(False)
+    return replace_modules(model, new)
+
+
 def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> list[str]:
     for name, module in new.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
+        model.set_submodule(name, module)
     return list(new)
 
 
@@ -93,9 +164,8 @@ def tensors_of(layers: Mapping[str, nn.Module], key: str) -> dict[str, nn.Parame
 
 
 @torch.no_grad()
-def fill(layers: Mapping[str, nn.Module], key: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved tensors into the layers. Raises one ValueError for all that does not fit."""
-    parameters = tensors_of(layers, key)
+def fill(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """Copy saved tensors into the parameters of the same names. Raises one ValueError for all that does not fit."""
     wrong = [f"{name} is missing" for name in parameters.keys() - tensors.keys()]
     wrong += [f"{name} is not used" for name in tensors.keys() - parameters.keys()]
     for name in parameters.keys() & tensors.keys():

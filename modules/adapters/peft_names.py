@@ -17,6 +17,14 @@ def target_modules(adapted: Iterable[str], all_modules: Iterable[str]) -> list[s
     return short if hit == adapted else sorted(adapted)
 
 
+def targets_of(configs: list[dict], settings: dict[str, dict]) -> list[str] | str:
+    """What PEFT must be told to adapt these modules: what it was told, where that is one thing, or their full names."""
+    told = [config.get("target_modules") for config in configs]
+    narrowed = any(config.get(key) for config in configs for key in ("layers_to_transform", "exclude_modules"))
+    same = all(isinstance(t, str | list) and sorted(t) == sorted(told[0]) for t in told)
+    return told[0] if same and not narrowed else sorted(settings)
+
+
 def look_up(patterns: dict | None, name: str, default: float) -> float:
     """PEFT's rank_pattern and alpha_pattern: a key is a regular expression for a module's last components."""
     for key, value in (patterns or {}).items():

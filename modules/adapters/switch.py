@@ -6,19 +6,18 @@ Every method that replaces modules leaves the frozen weights as they are, so eac
     its base      the frozen layer alone, sharing its parameters: `with adapters_disabled(model): …`
     merged        one plain layer with the same outputs: `merged = merge_adapters(model)`, later `merged.unmerge()`
 
-Which of them runs is a matter of which module stands in the model; the adapted layers stand aside meanwhile and return
-as they were. Nothing is subtracted to get back, since (W + Δ) - Δ is not W in floating point.
+The form that runs is the module that stands in the model; the adapted layers are set aside and come back unchanged.
+Nothing is subtracted to get back, since (W + Δ) - Δ is not W in floating point.
 
-The first is what preference training (DPO, KTO, GRPO) wants for its reference: the logits of the frozen model, from the
-weights that are on the card already, not from a second copy of it. Two methods do not begin at the base exactly: the
-reference of PiSSA and OLoRA, which took a part of the weight away, is the model as it was at their start, that of LoftQ
-the quantised base without the start's correction.
+The base is the reference model of preference training (DPO, KTO, GRPO): its logits come from the weights that are on
+the card already, not from a second copy. Some methods do not start at the base exactly. The reference of PiSSA and
+OLoRA, which take a part of the weight away, is the model at their start; that of LoftQ is the quantised base.
 
-A merged model pays nothing for its adapter. It keeps the original weights, on the card or in host memory, as the
-price of an exact return; of a quantised base they are the small part. Such a base becomes dense by merging, or with
-`requantize` is quantised anew, and what that does to each layer is measured.
+A merged model pays nothing for its adapter, but keeps the original weights, on the card or in host memory, to restore
+them exactly. A quantised base becomes dense by merging. With `requantize` it is quantised again, and the error of each
+layer is measured.
 
-The hand-written blocks (modules/fused/blocks.py) leave a block whose layers were exchanged to the plain modules.
+The fused blocks (modules/fused/blocks.py) run a block whose layers were replaced by its plain modules.
 """
 
 from collections.abc import Iterator
@@ -57,11 +56,11 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes what it did before the method was put into it.
 
     Rows have no virtual tokens there: `generate` knows, and `virtual_ids(model)` is empty.
-    Raises ValueError where that is lost: modules that are trained whole (whole_modules.py) have no copy.
+    Raises ValueError where that is lost: modules that are trained in full (whole_modules.py) have no copy.
     """
     adapted = adapted_layers(model)
     if names := getattr(model, "whole_modules", []):
-        raise ValueError(f"{', '.join(names)} are trained whole, without a copy of the base: load it a second time")
+        raise ValueError(f"{', '.join(names)} are trained in full, without a copy of the base: load it a second time")
     replace_modules(model, {name: base_layer(layer) for name, layer in adapted.items()})
     try:
         yield
@@ -84,7 +83,7 @@ class MergedAdapters:
     model: nn.Module
     adapted: dict[str, nn.Module]
     errors: dict[str, Requantised]
-    """Of every layer that was quantised anew."""
+    """Of every layer that was quantised again."""
 
     @torch.no_grad()
     def unmerge(self) -> None:

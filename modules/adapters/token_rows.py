@@ -13,7 +13,7 @@ A tied head shares the rows as it shares the embedding. On disk it is PEFT's `tr
     adapter_config.json: "trainable_token_indices": {"embed_tokens": [ids], "lm_head": [ids]}, of a tied model the first
 
 To open it, peft wants the base's vocabulary resized first (`resize_token_embeddings`); every row that this adds is one
-of those in the adapter. The tokenizer with the new tokens lies beside them.
+of those in the adapter. The tokenizer with the new tokens is saved with them.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.adapters.lora_embedding import frozen_embedding
-from modules.adapters.parts import replace_modules
+from modules.adapters.parts import FrozenEmbedding, FrozenLinear, fill, replace_modules
 from modules.adapters.peft_names import PREFIX
 from modules.adapters.vocabulary import EMBEDDING, HEAD, embedding_name, is_tied
 
@@ -43,58 +42,46 @@ class TokenRows(nn.Module):
         self.register_buffer("place", place.to(device), persistent=False)  # [V]: which row is a token's, or -1
 
 
-class TokenRowsEmbedding(nn.Embedding):
-    """A frozen embedding (nn.Embedding or HostEmbedding) of which some rows are trained."""
+class TokenRowsEmbedding(FrozenEmbedding):
+    """A frozen embedding of which some rows are trained."""
 
     def __init__(self, base: nn.Embedding, rows: TokenRows):
-        super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
-        self.weight, self.base_class = base.weight, type(base)
-        self.device = getattr(base, "device", base.weight.device)  # a HostEmbedding's is where its rows go
-        self.requires_grad_(False).train(base.training)
+        super().__init__(base)
         self.token_adapter = rows
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.base_class.forward(self, ids)
+        x = self.frozen(ids)
         place = self.token_adapter.place[ids.to(x.device)]
         rows = F.embedding(place.clamp(min=0), self.token_adapter.trainable_tokens_delta).to(x.dtype)
         return torch.where((place >= 0)[..., None], rows, x)
 
-    def base_layer(self) -> nn.Embedding:
-        return frozen_embedding(self)
-
     def merged(self) -> nn.Embedding:
         """A plain embedding with the trained rows."""
-        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
-        embedding.weight = _with_rows(self.weight, self.token_adapter)
-        return embedding.train(self.training)
+        return self.dense(_with_rows(self.weight, self.token_adapter))
 
 
-class TokenRowsHead(nn.Linear):
-    """A frozen head (nn.Linear or a subclass of it) of which some rows are trained."""
+class TokenRowsHead(FrozenLinear):
+    """A frozen head of which some rows are trained."""
 
     def __init__(self, base: nn.Linear, rows: TokenRows):
-        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight, self.base_class = base.weight, type(base)
-        self.requires_grad_(False).train(base.training)
+        super().__init__(base)
         self.token_adapter = rows
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.base_class.forward(self, hidden)
+        logits = self.frozen(hidden)
         own = F.linear(hidden, self.token_adapter.trainable_tokens_delta.to(hidden.dtype))
         return logits.index_copy_(-1, self.token_adapter.ids, own)  # in place: logits are large
 
     def merged(self) -> nn.Linear:
         """A plain head with the trained rows."""
-        head = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        head.weight = _with_rows(self.weight, self.token_adapter)
-        return head.train(self.training)
+        return self.dense(_with_rows(self.weight, self.token_adapter))
 
 
 def train_token_rows(model: nn.Module, ids: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
-    """Train the rows of tokens `ids`, in `dtype`, in a loaded model that has its method and whole modules already.
+    """Train the rows of tokens `ids`, in `dtype`, in a loaded model that has its method and modules to save already.
 
-    `grow_vocabulary` comes first. A matrix that is trained whole trains them anyway. Raises ValueError if the embedding
-    or the head has an adapter.
+    Call `grow_vocabulary` first. In a matrix that is trained in full they are trained anyway. Raises ValueError if the
+    embedding or the head has an adapter.
     """
     if not ids:
         return
@@ -103,16 +90,21 @@ def train_token_rows(model: nn.Module, ids: Sequence[int], dtype: torch.dtype = 
             raise ValueError(f"--new-tokens: {name} has an adapter already; leave it out of --targets")
     frozen = [n for n in (embedding_name(model), HEAD) if not model.get_submodule(n).weight.requires_grad]
     if len(frozen) == 1 and getattr(model, "was_tied", False):
-        raise ValueError("--new-tokens: in a tied model embedding and head are trained whole together or not at all")
+        raise ValueError("--new-tokens: in a tied model embedding and head are trained in full together or not at all")
     _put_rows(model, {name: list(ids) for name in frozen}, dtype)
 
 
 def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     """What adapter_config.json says of the rows, and their tensors by PEFT's name; nothing where there are none."""
-    tensors = {f"{PREFIX}{name}": p for name, p in model.named_parameters() if name.endswith(KEY)}  # shared ones once
+    tensors = _saved_rows(model)
     names = [name.removeprefix(PREFIX).removesuffix(f".{KEY}") for name in tensors]
     indices = {n.rpartition(".")[2]: model.get_submodule(n).token_adapter.ids.tolist() for n in names}
     return {"trainable_token_indices": indices} if indices else {}, tensors
+
+
+def _saved_rows(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained rows by PEFT's name; those that embedding and head share once."""
+    return {f"{PREFIX}{name}": p for name, p in model.named_parameters() if name.endswith(KEY)}
 
 
 def find_saved(config: dict) -> dict[str, list[int]]:
@@ -121,7 +113,6 @@ def find_saved(config: dict) -> dict[str, list[int]]:
     return indices if isinstance(indices, dict) else {EMBEDDING: indices}
 
 
-@torch.no_grad()
 def load(model: nn.Module, saved: dict[str, list[int]], tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
     """Put saved rows into a model whose vocabulary has them. Raises ValueError for what does not fit."""
     places = {EMBEDDING: embedding_name(model), HEAD: HEAD}
@@ -131,11 +122,8 @@ def load(model: nn.Module, saved: dict[str, list[int]], tensors: dict[str, Tenso
     if is_tied(model) and places[EMBEDDING] in indices:
         indices.setdefault(HEAD, indices[places[EMBEDDING]])
     _put_rows(model, indices, dtype)
-    for name, p in [(name, p) for name, p in model.named_parameters() if name.endswith(KEY)]:
-        found = tuple(tensors[f"{PREFIX}{name}"].shape) if f"{PREFIX}{name}" in tensors else "missing"
-        if found != tuple(p.shape):
-            raise ValueError(f"it does not fit this model: {name} is {found}, expected {tuple(p.shape)}")
-        p.copy_(tensors[f"{PREFIX}{name}"])
+    parameters = _saved_rows(model)
+    fill(parameters, {key: tensor for key, tensor in tensors.items() if key in parameters})
     return list(indices)
 
 
@@ -150,6 +138,5 @@ def _put_rows(model: nn.Module, indices: dict[str, list[int]], dtype: torch.dtyp
 
 
 @torch.no_grad()
-def _with_rows(weight: Tensor, rows: TokenRows) -> nn.Parameter:
-    new = rows.trainable_tokens_delta.to(weight)
-    return nn.Parameter(weight.index_copy(0, rows.ids.to(weight.device), new), requires_grad=False)
+def _with_rows(weight: Tensor, rows: TokenRows) -> Tensor:
+    return weight.index_copy(0, rows.ids.to(weight.device), rows.trainable_tokens_delta.to(weight))

@@ -3,7 +3,7 @@
 With n of them a row begins with n placeholders, token ids from 2³⁰ on, where no vocabulary reaches. From there on they
 are tokens: they take the positions 0 … n - 1 of every document, --seq-len and the cache count them, packing and padding
 need not know. No target falls on them. `load_dataset(virtual_ids=…)` puts them in front of the rows of a file,
-`generate` in front of prompts; who calls the model with token ids of their own writes `[*virtual_ids(model), *ids]`.
+`generate` in front of prompts; to call the model with other token ids, pass `[*virtual_ids(model), *ids]`.
 
     prompt_tuning.py    their embeddings are trained
     p_tuning.py         their embeddings come out of a trained network
@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.adapters.lora_embedding import frozen_embedding
 from modules.adapters.options import Options
+from modules.adapters.parts import FrozenEmbedding
 
 FIRST = 2**30  # the first placeholder's token id
 KEY = "prompt_embeddings"
@@ -35,7 +35,7 @@ def placeholders(count: int) -> list[int]:
 
 
 def pick_virtual_tokens(method: ModuleType, wanted: int | None, text_ids: Sequence[int]) -> int:
-    """How many a method puts in front of each row: so many, else as many as the text has tokens, else 20; others 0."""
+    """How many a method puts in front of each row: `wanted`, else the number of text tokens, else 20; or none."""
     if not hasattr(method, "VIRTUAL_TOKENS"):
         return 0
     return len(text_ids) or 20 if wanted is None else wanted
@@ -59,27 +59,19 @@ class Table(nn.Module):
         return self.weight
 
 
-class VirtualEmbedding(nn.Embedding):
+class VirtualEmbedding(FrozenEmbedding):
     """A frozen embedding that gives placeholder i the row i of `prompt()` [n, D].
 
-    Without a prompt it gives all of them token 0's row, for who does not look at what is computed there.
+    Without a prompt all of them get token 0's row: prefix tuning replaces what is computed there.
     """
 
     def __init__(self, base: nn.Embedding, count: int, prompt: nn.Module | None = None):
-        super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
-        self.weight = base.weight
-        self.base_class = type(base)  # looks up the frozen rows, wherever they are
-        self.device = getattr(base, "device", base.weight.device)  # a HostEmbedding's is where its rows go
-        self.requires_grad_(False).train(base.training)
+        super().__init__(base)
         self.virtual_tokens, self.prompt = count, prompt
-
-    def base_layer(self) -> nn.Embedding:
-        """The embedding without placeholders, for rows that have none."""
-        return frozen_embedding(self)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         virtual_BT = ids_BT >= FIRST
-        hidden_BTD = self.base_class.forward(self, ids_BT.masked_fill(virtual_BT, 0))
+        hidden_BTD = self.frozen(ids_BT.masked_fill(virtual_BT, 0))
         if self.prompt is None:
             return hidden_BTD
         which_BT = (ids_BT - FIRST).clamp(min=0).to(hidden_BTD.device)
@@ -115,7 +107,7 @@ def check_encoder(options: Options) -> None:
 
 
 def check_start(options: Options) -> None:
-    """Raise ValueError for a number, an encoder, or a way to begin, that cannot be."""
+    """Raise ValueError for an impossible number, encoder or start."""
     check_count(options.num_virtual_tokens)
     check_encoder(options)
     if options.prompt_ids and options.prompt_init != "text":
@@ -131,7 +123,6 @@ def start_ids(model: nn.Module, options: Options) -> list[int] | None:
     Sec. 3.2).
     """
     check(model, count := options.num_virtual_tokens)
-    check_start(options)
     if options.prompt_init == "random":
         return None
     if options.prompt_init == "vocabulary":
@@ -164,3 +155,9 @@ def read_table(model: nn.Module, config: dict, tensors: Mapping[str, Tensor], wi
     if config.get("num_virtual_tokens") != count:  # what rows are made by
         raise ValueError(f"num_virtual_tokens is {config.get('num_virtual_tokens')!r}, but {KEY} has {count} rows")
     return tensors[KEY]
+
+
+def load_prompt(model: nn.Module, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
+    """Put a saved table of embeddings into the model, to be trained as it is."""
+    rows = read_table(model, config, tensors, model.config.hidden_size)
+    return add_embedding(model, len(rows), Table(rows, dtype))

@@ -1,16 +1,15 @@
 """What is trained of a vision-language model: each of its three parts is frozen, gets LoRA, or is trained in full.
 
-A projector that is trained in full beside frozen or adapted towers is a module of PEFT's `modules_to_save`: it is saved
-entire, with the adapter (modules/adapters/whole_modules.py).
+A projector that is trained in full, while the towers are frozen or adapted, is saved with the adapter as one of PEFT's
+`modules_to_save` (modules/adapters/whole_modules.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from modules.adapters.lora import add_lora
-from modules.adapters.parts import names_no
+from modules.adapters.parts import match_names
 from modules.adapters.whole_modules import train_whole_modules
 from modules.quantization.quantize import quantize_blocks
 
@@ -38,30 +37,16 @@ def name_in_language_model(model: nn.Module, name: str) -> str:
     return name.replace(f"{model.parts['language']}.", "model.", 1)
 
 
-def placed_in_language_model(model: nn.Module, streamed) -> Callable[[str], None] | None:
-    """`load_weights(placed=…)` for a model whose language model's weights are streamed; None for others."""
-    return None if streamed is None else lambda name: streamed.take(name_in_language_model(model, name))
-
-
 def fits_adapter(how: dict[str, str]) -> bool:
     """Whether an adapter folder holds all that is trained: low-rank additions, and perhaps the whole projector."""
     return "lora" in how.values() and "full" not in (how["vision"], how["language"])
 
 
-def train_parts(
-    model: nn.Module,
-    how: dict[str, str],
-    *,
-    targets: Sequence[str],
-    rank: int,
-    alpha: float,
-    dropout: float,
-    dtype: torch.dtype,
-) -> dict[str, dict[str, nn.Parameter]]:
-    """Freeze the model but for what `how` (part → "frozen", "lora" or "full") says; → trained parameters by part.
+def train_parts(model: nn.Module, how: dict[str, str], *, targets: Sequence[str], **lora) -> None:
+    """Freeze the model except for what `how` (part → "frozen", "lora" or "full") says.
 
-    `targets` names the language model's layers that get LoRA; of the other parts it is every linear layer. Raises
-    ValueError if nothing is left to train.
+    `targets` names the language model's layers that get LoRA; of the other parts it is every linear layer. `lora` are
+    the other arguments of `add_lora`. Raises ValueError if nothing is left to train.
     """
     check_parts(how)
     model.requires_grad_(False)
@@ -69,17 +54,24 @@ def train_parts(
     for part, choice in how.items():
         names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and model.part_of(n) == part]
         if part == "language" and choice == "lora":
-            hits = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
-            if unknown := [target for target, hit in hits.items() if not hit]:
-                raise ValueError(f"{names_no('--targets', unknown, 'linear layer')} of the language model")
-            names = [name for name in names if any(name in hit for hit in hits.values())]
+            names = match_names(names, targets, "--targets", "linear layer of the language model")
         adapted += names if choice == "lora" else []
     if adapted:
-        add_lora(model, targets=adapted, rank=rank, alpha=alpha, dropout=dropout, dtype=dtype)
+        add_lora(model, targets=adapted, **lora)
     if fits_adapter(how) and how["projector"] == "full":
         train_whole_modules(model, [model.parts["projector"]])
     for name, parameter in model.named_parameters():
         if how[model.part_of(name)] == "full":
             parameter.requires_grad_(True)
+
+
+def groups_by_part(model: nn.Module, rates: dict[str, float | None], lr: float) -> list[dict]:
+    """The trained parameters of each part, with its learning rate's ratio to `lr`, for `build_optimizer`."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {part: {n: p for n, p in trained.items() if model.part_of(n) == part} for part in how}
+    return [
+        {
+            "params": {name: p for name, p in trained.items() if model.part_of(name) == part},
+            "lr_ratio": 1.0 if rate is None else rate / lr,
+        }
+        for part, rate in rates.items()
+    ]

@@ -21,7 +21,7 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def untie_head(model: nn.Module) -> None:
-    """Give a tied head a weight of its own, a copy, for good: the model's config says so from now on."""
+    """Give a tied head a copy of the weight as its own, and say so in the model's config."""
     if is_tied(model):
         weight = model.lm_head.weight
         model.lm_head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
@@ -33,7 +33,7 @@ def untie_head(model: nn.Module) -> None:
 def grow_vocabulary(model: nn.Module, rows: int) -> int:
     """Give a loaded model's embedding and head at least `rows` rows; → how many were added.
 
-    New rows are the mean of the old ones: a token that nobody has seen begins as an average one. Old rows stay bit for
+    New rows are the mean of the old ones: a new token begins as an average one. Old rows stay bit for
     bit. Raises ValueError for a head that cannot be made longer.
     """
     embedding = model.get_submodule(embedding_name(model))
@@ -42,9 +42,7 @@ def grow_vocabulary(model: nn.Module, rows: int) -> int:
         return 0
     if hasattr(model.lm_head, "pack_weight") or getattr(model.lm_head, "bias", None) is not None:
         what = "has a bias" if type(model.lm_head) is nn.Linear else f"is a {type(model.lm_head).__name__}"
-        raise ValueError(
-            f"the head {what} and cannot get rows for new tokens; keep it a dense one without --quantize-head"
-        )
+        raise ValueError(f"the head {what} and cannot get rows for new tokens; keep it dense, without --quantize-head")
     tied = is_tied(model)
     for module in (embedding,) if tied else (embedding, model.lm_head):
         weight = module.weight

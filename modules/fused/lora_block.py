@@ -1,7 +1,8 @@
-"""A Llama block with LoRA, its forward and backward written by hand.
+"""A Llama block with LoRA, forward and backward in one function that saves memory.
 
-`models/llama.py` says what a block computes; this file computes the same with less memory and less traffic, because
-it knows what autograd does not: which of a block's values are cheap to have again. With n = norm(x), n' = norm(x'),
+`models/llama.py` says what a block computes, block_by_formula.py how its gradients are formed. This file computes the
+same with less memory and less traffic, because it knows what autograd does not: which of a block's values are cheap to
+recompute. With n = norm(x), n' = norm(x'),
 
     q, k, v  = n W_qkvᵀ + LoRA, rotated        x' = x + attention(q, k, v) W_oᵀ + LoRA
     gate, up = n' W_guᵀ + LoRA                 y  = x' + (silu(gate) · up) W_dᵀ + LoRA
@@ -14,9 +15,9 @@ x 8 KB, x' 8, q k v 12, attention's output 8 and gate and up 57, together 94 KB;
 rank-r products) is one pass over memory away. What is kept is the caller's choice:
 
     fast       those 94 KB: no matrix product is computed a second time
-    lean       x: everything up to gate and up is computed again; the product with W_d is not, nobody needs its result
+    lean       x: everything up to gate and up is recomputed; the product with W_d is not, nobody needs its result
     offload    x, in host memory
-    attention  x and the 28 KB up to x', in host memory: only gate and up are computed again. No flag has this name: it
+    attention  x and the 28 KB up to x', in host memory: only gate and up are recomputed. No flag has this name: it
                is how `--activations offload --activations-host-gib G` runs the first blocks, as many as fit into G
 
 The feed-forward runs over tiles of tokens, and attention over groups of heads, so that what is alive inside a block
@@ -24,22 +25,23 @@ grows with neither gate and up (57 KB per token) nor the float32 workspace of at
 of heads read and made is in tensors of its own, which go when it is done.
 
 This covers blocks of `models/llama.py` whose seven linear layers are nn.Linear, quantised or LoRALinear over one of
-them, frozen but for the adapters, with SiLU, without biases and dropout; modules/fused/blocks.py checks that.
+them, frozen but for the adapters, with SiLU and without dropout; modules/fused/blocks.py checks that.
 
 B batch, T tokens (B · T where flat), D model, N query heads, K key/value heads, H head dim, F feed-forward.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from models.llama import LlamaBlock
-from modules.attention import SequenceLayout, attend
-from modules.fused.lora_products import AdapterCopies, GradientSum, Projections
+from modules import attention
+from modules.attention import SequenceLayout
+from modules.fused.lora_products import BlockLayers, GradientSum
 from modules.fused.pointwise import (
     rms_norm,
     rms_norm_backward,
@@ -48,67 +50,51 @@ from modules.fused.pointwise import (
     swiglu,
     swiglu_backward_,
 )
-from modules.memory.activation_offload import ActivationOffload, saved_for_backward
 
 TILE_BYTES = 768 * 2**20  # of gate, up and silu(gate) · up alive at a time
 WORKSPACE_BYTES = 512 * 2**20  # of attention's backward: dq in float32, dk and dv for every query head
 
 
-class BlockLayers:
-    """A block's layers, grouped by the input that they read."""
+class Offload(Protocol):
+    """Where tensors wait for backward in host memory: modules/memory/activation_offload.py."""
 
-    def __init__(self, block: LlamaBlock):
-        attention, mlp = block.self_attn, block.mlp
-        self.head_dim = attention.head_dim
-        self.heads, self.kv_heads = (p.out_features // self.head_dim for p in (attention.q_proj, attention.k_proj))
-        self.norm, self.norm2 = block.input_layernorm, block.post_attention_layernorm
-        self.qkv = Projections(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o = Projections(attention.o_proj)
-        self.gate_up = Projections(mlp.gate_proj, mlp.up_proj)
-        self.down = Projections(mlp.down_proj)
-        self.groups = (self.qkv, self.o, self.gate_up, self.down)
-        self.parameters = [p for group in self.groups for p in group.parameters]
-        self.copies: AdapterCopies | None = None
-        self.places = [(m._modules, name, m._modules[name]) for m in (attention, mlp) for name in m._modules]
-
-    def are_in_place(self) -> bool:
-        """Whether the block still has the layers that it had."""
-        return all(modules[name] is layer for modules, name, layer in self.places)
+    def put(self, tensor: Tensor, held: Iterable[Tensor] = ()) -> Any: ...
+    def get(self, item: Any) -> Tensor: ...
 
 
-class How(NamedTuple):
+class BlockRun(NamedTuple):
     """How a block is run: what its forward and its backward both need to know."""
 
     layout: SequenceLayout
     layers: BlockLayers
     keep: str
-    offload: ActivationOffload | None
+    offload: Offload | None
     bind: Callable[[], None]  # called before weights are read: brings them to the card where they are streamed
 
 
 class FusedBlock(torch.autograd.Function):
-    """`apply(hidden, cos, sin, how, *adapters)`: hidden [B, T, D] → [B, T, D]; cos, sin [B·T, H], not trained."""
+    """`apply(hidden, cos, sin, run, *adapters)`: hidden [B, T, D] → [B, T, D]; cos, sin [B·T, H], not trained."""
 
     @staticmethod
-    def forward(ctx, hidden, cos, sin, how, *adapters):
-        how.bind()
+    def forward(ctx, hidden, cos, sin, run, *adapters):
+        run.bind()
         x, trained = hidden.flatten(0, 1), any(ctx.needs_input_grad)
-        run = _Pass(how.layers, hidden.shape, cos, sin, how.layout)
-        kept = run.first_half(x, sent_away=how.keep == "attention")
+        block = BlockPass(run.layers, hidden.shape, cos, sin, run.layout)
+        kept = block.first_half(x, sent_away=run.keep == "attention")
         if trained:
             offloaded = None
-            if how.keep in ("offload", "attention"):  # on its way while the feed-forward is computed
-                offloaded = how.offload.put(x, kept.large() if how.keep == "attention" else ())
-            ctx.call = (cos, sin, how, hidden.shape)
-            ctx.kept = kept if how.keep in ("fast", "attention") else None
+            if run.keep in ("offload", "attention"):  # on its way while the feed-forward is computed
+                offloaded = run.offload.put(x, kept.large() if run.keep == "attention" else ())
+            ctx.call = (cos, sin, run, hidden.shape)
+            ctx.kept = kept if run.keep in ("fast", "attention") else None
             ctx.offloaded = offloaded
             ctx.save_for_backward(*([] if offloaded else [x]))
         out = torch.empty_like(x)
-        for tile in run.tiles:
-            gate_up, a = run.gate_and_up(kept.x_mid[tile])
+        for tile in block.tiles:
+            gate_up, a = block.gate_and_up(kept.x_mid[tile])
             h = swiglu(*gate_up.chunk(2, dim=1))
-            _, a_down = how.layers.down.forward(h, onto=kept.x_mid[tile], out=out[tile])
-            if how.keep == "fast":
+            _, a_down = run.layers.down.forward(h, onto=kept.x_mid[tile], out=out[tile])
+            if run.keep == "fast":
                 kept.gate_up.append((gate_up, a, a_down))
             del gate_up, h
         return out.view(hidden.shape)
@@ -116,38 +102,38 @@ class FusedBlock(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        cos, sin, how, shape = ctx.call
-        layers = how.layers
-        how.bind()
-        x = how.offload.get(ctx.offloaded) if ctx.offloaded else ctx.saved_tensors[0]
-        run = _Pass(layers, shape, cos, sin, how.layout)
-        # What was kept serves one backward and is freed on the way; another one (retain_graph) computes it again.
-        kept, ctx.kept = ctx.kept or run.first_half(x), None
+        cos, sin, run, shape = ctx.call
+        layers = run.layers
+        run.bind()
+        x = run.offload.get(ctx.offloaded) if ctx.offloaded else ctx.saved_tensors[0]
+        block = BlockPass(layers, shape, cos, sin, run.layout)
+        # What was kept serves one backward and is freed on the way; another one (retain_graph) recomputes it.
+        kept, ctx.kept = ctx.kept or block.first_half(x), None
         dy, x_mid, second_half = grad.flatten(0, 1), kept.x_mid, GradientSum(layers.gate_up, layers.down)
-        for tile in run.tiles:
-            gate_up = kept.gate_up.pop(0) if kept.gate_up else (*run.gate_and_up(x_mid[tile]), None)
-            dx_tile, grads = run.feed_forward_backward(dy[tile], x_mid[tile], gate_up)
+        for tile in block.tiles:
+            gate_up = kept.gate_up.pop(0) if kept.gate_up else (*block.gate_and_up(x_mid[tile]), None)
+            dx_tile, grads = block.feed_forward_backward(dy[tile], x_mid[tile], gate_up)
             second_half.add(grads)
-            if len(run.tiles) > 1:
+            if len(block.tiles) > 1:
                 x_mid[tile] = dx_tile  # in the place of x', which nobody needs any more
             del gate_up
-        dx_mid = dx_tile if len(run.tiles) == 1 else x_mid
+        dx_mid = dx_tile if len(block.tiles) == 1 else x_mid
         del dx_tile, x_mid
         kept = kept._replace(x_mid=None, saved=[])
-        dx, grads = run.attention_backward(dx_mid, x, kept, ctx.needs_input_grad[0])
+        dx, grads = block.attention_backward(dx_mid, x, kept, ctx.needs_input_grad[0])
         first_half = GradientSum(layers.qkv, layers.o)
         first_half.add(grads)
         return dx if dx is None else dx.view(shape), None, None, None, *first_half.sums, *second_half.sums
 
 
-class Kept(NamedTuple):
+class ForBackward(NamedTuple):
     """What a block's backward needs besides x."""
 
     heads: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # q, k, v, output of each group, which autograd connects
     a_qkv: Tensor | None
     a_o: Tensor | None
     x_mid: Tensor | None
-    gate_up: list[tuple]  # gate and up side by side, their a, down's a, of each tile; empty: to be computed again
+    gate_up: list[tuple]  # gate and up side by side, their a, down's a, of each tile; empty: to be recomputed
     saved: list[Tensor]  # what attention's graph holds on to
 
     def large(self) -> list[Tensor]:
@@ -156,7 +142,7 @@ class Kept(NamedTuple):
         return [self.x_mid, *(t for group in self.heads for t in group), *copies]
 
 
-class _Pass:
+class BlockPass:
     """One pass, forward or backward, over a block whose weights are on the card. Tokens are flat: x [B·T, D]."""
 
     def __init__(self, layers: BlockLayers, shape_BTD: Sequence[int], cos_TH: Tensor, sin_TH: Tensor, layout):
@@ -167,7 +153,7 @@ class _Pass:
         tile = math.ceil(B * T / math.ceil(B * T * row / TILE_BYTES))
         self.tiles = [slice(start, min(start + tile, B * T)) for start in range(0, B * T, tile)]
 
-    def first_half(self, x: Tensor, *, sent_away: bool = False) -> Kept:
+    def first_half(self, x: Tensor, *, sent_away: bool = False) -> ForBackward:
         """x' = x + attention, with what its backward needs; `saved` is filled only if that will be `sent_away`."""
         layers = self.layers
         qkv, a_qkv = layers.qkv.forward(rms_norm(x, layers.norm.weight, layers.norm.eps))
@@ -180,10 +166,10 @@ class _Pass:
             for parts in groups:
                 leaves = [part.detach().requires_grad_() for part in parts]
                 with saved_for_backward() if sent_away else nullcontext([]) as kept_by_graph:
-                    heads.append((*leaves, attend(*leaves, self.layout)))
+                    heads.append((*leaves, attention.attend(*leaves, self.layout)))
                 saved += kept_by_graph
         x_mid, a_o = layers.o.forward(*(_by_token(out.detach()).flatten(1) for _, _, _, out in heads), onto=x)
-        return Kept(heads, a_qkv, a_o, x_mid, [], saved)
+        return ForBackward(heads, a_qkv, a_o, x_mid, [], saved)
 
     def _split(self, heads_TNH: Tensor) -> list[Tensor]:
         """Each group's heads, [B, N, T, H]; of several groups in memory of their own."""
@@ -191,7 +177,7 @@ class _Pass:
         return [part.view(self.batch, -1, *part.shape[1:]).transpose(1, 2) for part in parts]
 
     def attention_backward(
-        self, dx_mid: Tensor, x: Tensor, kept: Kept, needs_dx: bool
+        self, dx_mid: Tensor, x: Tensor, kept: ForBackward, needs_dx: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         """∂x (of the first block nobody needs it), and the gradients of the adapters of q, k, v and o.
 
@@ -266,3 +252,16 @@ def _groups(workspace_bytes: int, kv_heads: int) -> int:
     """Into how many groups attention's heads are split: a divisor of the key/value heads."""
     wanted = min(math.ceil(workspace_bytes / WORKSPACE_BYTES), kv_heads)
     return next(groups for groups in range(wanted, kv_heads + 1) if kv_heads % groups == 0)
+
+
+@contextmanager
+def saved_for_backward() -> Iterator[list[Tensor]]:
+    """Collects what autograd keeps of the operations inside."""
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.detach())  # a graph that held its own output would hold itself, for ever
+        return saved[-1]
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved

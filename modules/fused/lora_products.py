@@ -4,7 +4,7 @@ For layers that read the same input x (q, k and v; gate and up), whose outputs s
 scaling s = α/r taken into A:
 
     forward     a  = s · x Aᵀ          all adapters' A stacked: x is read once, and a [T, R] is tiny
-                yᵢ = aᵢ Bᵢᵀ            each layer's columns
+                yᵢ = aᵢ Bᵢᵀ + biasᵢ    each layer's columns
                 y += x Wᵀ              the big product adds onto the small ones: no third pass over y
     backward    gᵢ = dyᵢ Bᵢ            [T, rᵢ], side by side in g [T, R]
                 dx = s · g A + dy W
@@ -39,12 +39,17 @@ class Projections:
         self.adapted = [layer for layer in layers if isinstance(layer, LoRALinear)]
         self.sizes = [layer.out_features for layer in layers]
         self.ranks = [layer.rank if layer in self.adapted else 0 for layer in layers]
-        self.scalings = [layer.scaling for layer in self.adapted]
         self.parameters = [p for layer in self.adapted for p in (layer.lora_A.weight, layer.lora_B.weight)]
         kinds = [layer.base_class if layer in self.adapted else type(layer) for layer in layers]
         self.dequantize = [getattr(kind, "dense_weight", None) for kind in kinds]
+        self.no_biases = [None] * len(layers)
+        self.biased = any(layer.bias is not None for layer in layers)
         self.whole: Tensor | None = None  # dense weights side by side, as one
         self.rows: list[int] = []  # and the address of each in it
+
+    @property
+    def scalings(self) -> list[float]:
+        return [layer.scaling for layer in self.adapted]  # asked each time: someone may change `alpha` on the way
 
     def forward(
         self, *x_TD: Tensor, onto: Tensor | None = None, out: Tensor | None = None
@@ -55,9 +60,10 @@ class Projections:
         """
         a_TR = self.low_rank(*x_TD)
         y_TO = x_TD[0].new_empty(len(x_TD[0]), sum(self.sizes)) if out is None else out
+        biases = [layer.bias for layer in self.layers] if self.biased else self.no_biases
         if onto is None:
-            for y, a, B in self._adapters(y_TO, a_TR):
-                torch.mm(a, B.t(), out=y)
+            for y, a, B, bias in self._adapters(y_TO, a_TR, biases):
+                torch.mm(a, B.t(), out=y) if bias is None else torch.addmm(bias, a, B.t(), out=y)
         elif self.adapted:
             torch.addmm(onto, a_TR, self.Bs[0].t(), out=y_TO)
         for columns, begun, W in self._frozen():
@@ -71,6 +77,10 @@ class Projections:
                     torch.addmm(onto, x, W_x.t(), out=y)
                 begun = True
             del W, W_x
+        if self.biased:  # of layers whose first product could not begin with it
+            for y, bias, rank in zip(y_TO.split_with_sizes(self.sizes, dim=1), biases, self.ranks, strict=True):
+                if bias is not None and not (rank and onto is None):
+                    y.add_(bias)
         return y_TO, a_TR
 
     def low_rank(self, *x_TD: Tensor) -> Tensor | None:
@@ -88,7 +98,7 @@ class Projections:
         if not self.adapted:
             return None
         g_TR = dy_TO.new_empty(len(dy_TO), sum(self.ranks))
-        for dy, g, B in self._adapters(dy_TO, g_TR):
+        for dy, g, B, _ in self._adapters(dy_TO, g_TR):
             torch.mm(dy, B, out=g)
         return g_TR
 
@@ -104,7 +114,7 @@ class Projections:
 
     def B_gradients(self, dy_TO: Tensor, a_TR: Tensor | None) -> list[Tensor]:
         """dB of one adapter after the other, in the dtype of the products. After this dy is needed no more."""
-        return [dy.t() @ a for dy, a, _ in self._adapters(dy_TO, a_TR)]
+        return [dy.t() @ a for dy, a, _, _ in self._adapters(dy_TO, a_TR)]
 
     def gradients(self, dBs: list[Tensor], g_TR: Tensor | None, *x_TD: Tensor) -> list[Tensor]:
         """[dA / s, dB] of one adapter after the other, for a `GradientSum`."""
@@ -114,14 +124,17 @@ class Projections:
         dAs = dA_RD.split_with_sizes([rank for rank in self.ranks if rank]) if len(dBs) > 1 else [dA_RD]
         return [grad for pair in zip(dAs, dBs, strict=True) for grad in pair]
 
-    def _adapters(self, y_TO: Tensor, a_TR: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Each adapted layer's columns of y and of a, and its B."""
+    def _adapters(
+        self, y_TO: Tensor, a_TR: Tensor | None, biases: Sequence[Tensor | None] | None = None
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Each adapted layer's columns of y and of a, its B and its bias."""
         if not self.adapted:
             return []
+        biases = biases or self.no_biases
         if len(self.layers) == 1:
-            return [(y_TO, a_TR, self.Bs[0])]
+            return [(y_TO, a_TR, self.Bs[0], biases[0])]
         ys, low = y_TO.split_with_sizes(self.sizes, dim=1), a_TR.split_with_sizes(self.ranks, dim=1)
-        return [(y, a, B) for y, a, B in zip(ys, low, self.Bs, strict=True) if B is not None]
+        return [part for part in zip(ys, low, self.Bs, biases, strict=True) if part[2] is not None]
 
     def _frozen(self) -> Iterator[tuple[slice | None, bool, Tensor]]:
         """Columns of y (None: all), whether an adapter has written to them before, and W."""
@@ -136,6 +149,30 @@ class Projections:
             start, end = end, end + size
             columns = slice(start, end) if len(weights) > 1 else None
             yield columns, rank > 0, dequantize(layer) if dequantize else weight.detach()
+
+
+class BlockLayers:
+    """A block's layers, grouped by the input that they read."""
+
+    def __init__(self, block: nn.Module):
+        attention, mlp = block.self_attn, block.mlp
+        self.head_dim = attention.head_dim
+        self.heads, self.kv_heads = (p.out_features // self.head_dim for p in (attention.q_proj, attention.k_proj))
+        self.norm, self.norm2 = block.input_layernorm, block.post_attention_layernorm
+        self.qkv = Projections(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = Projections(attention.o_proj)
+        self.gate_up = Projections(mlp.gate_proj, mlp.up_proj)
+        self.down = Projections(mlp.down_proj)
+        self.groups = (self.qkv, self.o, self.gate_up, self.down)
+        self.parameters = [p for group in self.groups for p in group.parameters]
+        self.copies: AdapterCopies | None = None
+        matrices = [m for group in self.groups for layer in group.adapted for m in (layer.lora_A, layer.lora_B)]
+        self.places = [(m._modules, name, m._modules[name]) for m in (block, attention, mlp) for name in m._modules]
+        self.places += [(m._parameters, "weight", m.weight) for m in matrices]
+
+    def are_in_place(self) -> bool:
+        """Whether the block still has the layers and the adapters that it had."""
+        return all(container[name] is thing for container, name, thing in self.places)
 
 
 class GradientSum:
@@ -161,7 +198,7 @@ class AdapterCopies:
     """The adapters, float32 as they are trained, in the `dtype` of the products: copied all at once, by two kernels."""
 
     def __init__(self, projections: Sequence[Projections], dtype: torch.dtype):
-        self.masters, self.copies, self.scaled, self.scalings = [], [], [], []
+        self.masters, self.copies, self.scaled, self.groups = [], [], [], projections
         for group in projections:
             As, Bs = group.parameters[::2], group.parameters[1::2]
             if not As:
@@ -174,14 +211,13 @@ class AdapterCopies:
             self.masters += As + Bs
             self.copies += new_As + new_Bs
             self.scaled += new_As
-            self.scalings += group.scalings
 
     @torch.no_grad()
     def refresh(self) -> None:
         if not self.masters:
             return
         torch._foreach_copy_(self.copies, self.masters)
-        torch._foreach_mul_(self.scaled, self.scalings)
+        torch._foreach_mul_(self.scaled, [scaling for group in self.groups for scaling in group.scalings])
 
 
 def put_side_by_side(groups: Sequence[Projections]) -> None:

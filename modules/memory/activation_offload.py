@@ -1,24 +1,22 @@
 """Activations that wait for their backward in host memory.
 
-A block's input is needed twice, in forward and a whole pass later in backward. In between it can leave the card: 8 KB
-per token and block of an 8B Llama (2.1 GB for 8,192 tokens and its 32 blocks) travel on a side stream while the next
-blocks compute, and come back one block ahead of their use. Moving a block's input takes a hundredth of computing the
-block, so the transfer hides; what was put last is needed first and stays on the card until the next one is put.
+A block's input is needed in forward and again in backward. In between it can leave the card: 8 KB per token and block
+of an 8B Llama (2.1 GB for 8,192 tokens and 32 blocks) are copied on a side stream while the next blocks compute, and
+come back one block ahead of their use. The copy takes a hundredth of the block's computation, so it is hidden. The
+tensor put last is needed first and stays on the card until the next one is put.
 
-With the input, tensors can travel that an autograd graph holds on to, such as what attention saved for its backward.
-These stay where they are, and so does the graph; it is their memory that is given back, and filled again in time.
+Tensors that an autograd graph holds, such as what attention saved for its backward, can leave together with the input.
+The tensors and the graph stay; their memory is given back, and filled again in time.
 
-Host memory is page-locked once and used again in pieces. All copies run on one stream, in the order in which they were
-asked for, so a piece can be given to the next tensor as soon as its copy back is under way.
+Host memory is page-locked once and reused in pieces. All copies run in order on one stream, so a piece is free for the
+next tensor as soon as its copy back has been queued.
 """
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch.autograd.graph import saved_tensors_hooks
 
 from modules.memory.host_memory import pinned_empty
 
@@ -44,18 +42,6 @@ class Offloaded:
         for storage in self.held:
             yield from torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage).split(PIECE)
 
-    def leave(self) -> None:
-        self.resident = None
-        # The trick: autograd's graph goes on referring to tensors whose storage is empty now. That is safe because
-        # `make_room` and a copy fill it again before backward reads them.
-        for storage in self.held:
-            storage.resize_(0)
-
-    def make_room(self) -> None:
-        self.resident = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        for storage, size in zip(self.held, self.sizes, strict=True):
-            storage.resize_(size)
-
     def __del__(self):  # dropped unused: nobody else may have its memory on the card while a copy is under way
         if self.resident is not None and self.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(self.copied)
@@ -63,9 +49,9 @@ class Offloaded:
 
 
 class ActivationOffload:
-    """Takes tensors in the order of forward, gives them back in the order of backward, the last one first.
+    """Takes tensors in the order of forward, returns them in the order of backward; on a CPU nothing is moved.
 
-    `host_bytes`: page-locked so far. On a CPU everything stays where it is.
+    `host_bytes`: page-locked so far.
     """
 
     def __init__(self, device: torch.device):
@@ -75,9 +61,9 @@ class ActivationOffload:
         self.waiting: list[weakref.ref[Offloaded]] = []  # those put and not yet got; a dropped graph drops its own
 
     def put(self, tensor: Tensor, held: Iterable[Tensor] = ()) -> Offloaded:
-        """Start the tensor's way out, and that of the memory behind `held`, tensors that nobody reads until `get`.
+        """Start to copy the tensor, and the memory of the tensors `held`, which nobody reads until `get`, to the host.
 
-        None of them may be changed afterwards. They leave with the next `put`.
+        None of them may be changed afterwards. The next `put` frees their memory on the card.
         """
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held}
         item = Offloaded(tensor.detach().contiguous(), list(storages.values()), self.spare)
@@ -95,7 +81,7 @@ class ActivationOffload:
         return item
 
     def get(self, item: Offloaded) -> Tensor:
-        """The tensor, on the card; starts the way back of the one put before it. Each can be got once."""
+        """The tensor, on the card; starts to bring back the one put before it. Each can be got once."""
         if item.resident is None and not item.pieces:
             fix = "retain_graph needs --activations lean"
             raise RuntimeError(f"an offloaded activation is kept for one backward only: {fix}")
@@ -121,14 +107,19 @@ class ActivationOffload:
         return self.waiting[-1]() if self.waiting else None
 
     def _leave(self, item: Offloaded) -> None:
-        """Give the card's memory back. The copy out began a block ago: what is queued next waits for nothing."""
+        """Give the card's memory back. The copy began a block ago, so there is nothing to wait for."""
         if item.resident is not None:
             torch.cuda.current_stream(self.device).wait_event(item.copied)
-            item.leave()
+            item.resident = None
+            # Autograd's graph now refers to tensors without storage; it is filled again before backward reads them.
+            for storage in item.held:
+                storage.resize_(0)
 
     def _bring_back(self, item: Offloaded) -> None:
         if item.resident is None:
-            item.make_room()
+            item.resident = torch.empty(item.shape, dtype=item.dtype, device=item.device)
+            for storage, size in zip(item.held, item.sizes, strict=True):
+                storage.resize_(size)
             self.side.wait_stream(torch.cuda.current_stream(self.device))  # its memory may just have been in use
             with torch.cuda.stream(self.side):
                 for part, piece in zip(item.parts(), item.pieces, strict=True):
@@ -136,16 +127,3 @@ class ActivationOffload:
                 item.copied = self.side.record_event()
         self.spare += item.pieces
         item.pieces = []
-
-
-@contextmanager
-def saved_for_backward() -> Iterator[list[Tensor]]:
-    """Collects what autograd keeps of the operations inside."""
-    saved: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor.detach())  # a graph that held its own output would hold itself, for ever
-        return saved[-1]
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield saved

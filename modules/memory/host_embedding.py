@@ -1,6 +1,6 @@
 """The input embedding in host memory: 1 GB of an 8B Llama of which a batch reads one row per token.
 
-The rows that a batch needs are gathered on the host and travel, T · D numbers instead of V · D on the card.
+The rows that a batch needs are gathered on the host and copied: T · D numbers instead of V · D on the card.
 """
 
 import torch
@@ -15,10 +15,9 @@ def keep_embedding_on_host(model: nn.Module, device: torch.device) -> None:
 
 
 class HostEmbedding(nn.Embedding):
-    """A frozen embedding in host memory; a batch's rows, T · D numbers, travel instead of V · D on the card.
+    """A frozen embedding in host memory.
 
-    Token ids can be on the CPU. Those on the card are fetched, for which the host waits until the card has done all
-    that is queued: once per micro-batch, where forward begins.
+    Token ids may be on the CPU. To fetch them from the card, the host waits for the card once per micro-batch.
     """
 
     @classmethod
@@ -32,7 +31,7 @@ class HostEmbedding(nn.Embedding):
 
     @staticmethod
     def pack_weight(dense: Tensor) -> Tensor:
-        """How a checkpoint's weight is stored in this layer (`load_weights` asks every module for this)."""
+        """How a checkpoint's weight is stored in this layer; `load_weights` calls it."""
         return dense.cpu()
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -11,10 +11,7 @@ from torch import Tensor
 
 
 def pinned_empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised host tensor that `device` copies from and to asynchronously; plain memory for a CPU `device`.
-
-    Raises RuntimeError where the system does not let so much memory be locked.
-    """
+    """An uninitialised host tensor, page-locked for a CUDA `device`. RuntimeError if the system refuses so much."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     if device.type != "cuda" or tensor.nbytes == 0:
         return tensor

@@ -1,13 +1,11 @@
 """AdamW with its two moments in 8 bits: 2 bytes of state per parameter instead of 8 (arXiv:2110.02861), from torchao.
 
-Every 256 numbers share a scale, their largest magnitude; a code is an index into 256 fixed levels that lie the denser
-the closer they are to 0 ("dynamic quantisation", Sec. 2), because most of a block is far smaller than its largest
-number. A step reads the codes, does the arithmetic in float32 and quantises the result again, in kernels compiled from
-torchao's function.
+Every 256 numbers share a scale, their largest magnitude. A code is an index into 256 fixed levels, most of them close
+to 0 ("dynamic quantisation", Sec. 2), because most numbers are far smaller than the largest. A step decodes, computes
+in float32 and quantises again, in kernels compiled from torchao's function.
 
-The compiler makes kernels for each size of parameter, which takes seconds in the first step on a GPU, and they hand the
-moments to each other in float32, 8 bytes per number: 2 GB for the embedding of a 1B Llama. So large parameters are
-taken in parts of one size.
+The compiler makes kernels for each size of parameter, which takes seconds in the first step on a GPU, and they pass the
+moments on in float32: 2 GB for the embedding of a 1B Llama. So large parameters are taken in parts of one size.
 """
 
 from collections.abc import Iterator
@@ -39,7 +37,7 @@ class AdamW8bit(torchao_parts.AdamW8bit):
         stance = torch.compiler.set_stance("force_eager") if on_cpu else nullcontext()
         with stance, torch._dynamo.utils.disable_cache_limit():
             for group in self.param_groups:
-                # A number would be compiled into the kernel, and each new one compile it anew; a tensor is an argument.
+                # A number would be compiled into the kernel, each new one again; a tensor is an argument.
                 lr = torch.tensor(group["lr"], dtype=torch.float32)
                 for p in group["params"]:
                     if p.grad is not None:
@@ -57,8 +55,7 @@ class AdamW8bit(torchao_parts.AdamW8bit):
             update(part, grad, state["step"], m, v, None, lr, *settings)
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-        # What is not quantised would be of the parameter's dtype, and bfloat16 loses most of v's changes: at 1/1000
-        # per step they are below its resolution.
+        # Unquantised moments would have the parameter's dtype. bfloat16 loses v's changes of 1/1000 per step.
         return super()._new_buffer(p, signed).float()
 
 
@@ -73,7 +70,7 @@ def _parts(p: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _part(tensor: Tensor, start: int, end: int, total: int) -> Tensor:
-    """What belongs to the numbers start to end, of `total`; of a quantised tensor, their codes and scales."""
+    """The part for the numbers start to end of `total`; for a quantised tensor, their codes and scales."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.reshape(-1)[start * tensor.numel() // total : end * tensor.numel() // total]
     names, context = tensor.__tensor_flatten__()

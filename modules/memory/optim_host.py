@@ -1,15 +1,15 @@
-"""AdamW whose two moments live in host memory: no optimizer state on the card, 8 bytes per parameter beside it.
+"""AdamW whose two moments live in host memory: none on the card, 8 bytes per parameter on the host.
 
-The arithmetic stays on the card. Chunk by chunk the moments travel there, are updated and travel back, each leg on a
-stream of its own, so that while one chunk is being computed the next arrives and the last one leaves:
+The arithmetic stays on the card. The moments are uploaded, updated and downloaded in chunks. Each of the three has its
+own stream, so they overlap:
 
     upload      m₀ v₀ | m₁ v₁ | m₂ v₂ | …
     compute             p₀    | p₁    | p₂    | …
     download                    m₀ v₀ | m₁ v₁ | …
 
-PCIe works in both directions at once, so a step takes as long as 8 bytes per parameter need in one; the arithmetic
-hides behind that, uncompiled as it is (H200, PCIe 5, 268 M parameters: 44 ms, of which the copies alone need 43). The
-card holds 0.2 GiB for it, whatever the size of the model. On the CPU the chunks are updated where they are.
+PCIe works in both directions at once, so a step takes as long as one copy of 8 bytes per parameter (H200, PCIe 5, 268 M
+parameters: 44 ms, of which the copies alone take 43). The card holds 0.2 GiB of buffers for any model. On the CPU the
+chunks are updated in place.
 """
 
 from collections import defaultdict
@@ -29,8 +29,7 @@ BUFFERS = 3  # one arriving, one being computed, one leaving
 class HostAdamW(torch.optim.Optimizer):
     """AdamW (arXiv:1711.05101) with float32 moments in page-locked host memory; all parameters on one device.
 
-    The memory is taken at once, when the optimizer is made: RuntimeError if the system does not allow that much.
-    bfloat16 parameters are rounded stochastically.
+    RuntimeError if the system does not lock that much. bfloat16 parameters are rounded stochastically.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class HostAdamW(torch.optim.Optimizer):
         (device,) = {p.device for p in parameters}
         self.chunk = chunk
         self.card = CardBuffers(chunk, device) if device.type == "cuda" else None
-        # One block for all: memory is locked in whole pages, which small tensors of their own would have to share.
+        # One block for all: memory is locked in pages, which small tensors would have to share.
         sizes = [p.numel() for p in parameters]
         moments = pinned_empty(2, sum(sizes), dtype=torch.float32, device=device).zero_()
         for p, m, v in zip(parameters, moments[0].split(sizes), moments[1].split(sizes), strict=True):
@@ -49,19 +48,15 @@ class HostAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Returns before the last moments are home: synchronise the device before reading them on the host."""
+        """Returns before the last moments have arrived: synchronise the device before reading them on the host."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 state["step"] += 1
-                tensors = (
-                    p.detach().view(-1),
-                    p.grad.reshape(-1),
-                    state["exp_avg"].view(-1),
-                    state["exp_avg_sq"].view(-1),
-                )
+                moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+                tensors = p.detach().view(-1), p.grad.reshape(-1), *moments
                 for weight, grad, m, v in zip(*(t.split(self.chunk) for t in tensors), strict=True):
                     with self._on_card(m, v) as (m, v):
                         adamw_update(weight, grad, m, v, state["step"].item(), group)
@@ -73,8 +68,7 @@ class HostAdamW(torch.optim.Optimizer):
 class CardBuffers:
     """Room on the card for a few chunks of both moments, and the streams that fill and empty it.
 
-    The buffers are kept from step to step: if they were freed, the caching allocator could give their memory to the
-    computing stream while a copy still reads it.
+    The buffers are never freed: the allocator could give their memory away while a copy still reads it.
     """
 
     def __init__(self, chunk: int, device: torch.device):
@@ -82,9 +76,8 @@ class CardBuffers:
         self.upload, self.download = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.upload.wait_stream(torch.cuda.current_stream(device))  # which may still use this memory's last content
         self.turn = 0
-        # The last download out of each buffer, and the last one to each host address: a buffer is not refilled, and
-        # a chunk not fetched again in the next step, before that is done. An event nobody recorded holds nobody up.
-        self.emptied, self.home = defaultdict(torch.cuda.Event), defaultdict(torch.cuda.Event)
+        # Before a buffer is refilled, or a chunk fetched in the next step, its last download must be over.
+        self.emptied, self.returned = defaultdict(torch.cuda.Event), defaultdict(torch.cuda.Event)
 
     @contextmanager
     def lend(self, m: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -96,7 +89,7 @@ class CardBuffers:
 
         with torch.cuda.stream(self.upload):
             self.upload.wait_event(self.emptied[turn])
-            self.upload.wait_event(self.home[address])
+            self.upload.wait_event(self.returned[address])
             m_card.copy_(m, non_blocking=True)
             v_card.copy_(v, non_blocking=True)
         compute.wait_stream(self.upload)
@@ -105,4 +98,4 @@ class CardBuffers:
         with torch.cuda.stream(self.download):
             m.copy_(m_card, non_blocking=True)
             v.copy_(v_card, non_blocking=True)
-        self.emptied[turn] = self.home[address] = self.download.record_event()
+        self.emptied[turn] = self.returned[address] = self.download.record_event()

@@ -1,11 +1,9 @@
 """The optimizer's step inside backward: each weight is updated once its gradient is complete, which is then freed.
 
 Ordinarily every gradient waits for the end of backward, 2 bytes per bfloat16 weight: 16 GB for an 8B model. Here one
-gradient lives at a time (a compiled block hands over those of its own weights together), as in LOMO (arXiv:2306.09782)
-but with any optimizer. Nothing about the arithmetic changes; what needs all gradients at once cannot be had.
-
-A hook on each parameter calls optimizer.step(), which skips parameters without a gradient: all but one. The
-optimizer is the ordinary one, with the ordinary state, and a checkpoint fits runs with and without this.
+gradient exists at a time (with compiled blocks, those of one block), as in LOMO (arXiv:2306.09782) but with any
+optimizer. The arithmetic is the same. A hook on each parameter calls optimizer.step(), which skips parameters without a
+gradient: all but one. A checkpoint fits runs with and without this.
 """
 
 import weakref
@@ -21,13 +19,12 @@ def step_in_backward(
     """Make backward() update the optimizer's parameters, which it leaves without gradients.
 
     Set the learning rate before backward; a step() after it finds nothing to do. Returns a function that gives the
-    global gradient norm of the backward passes since it was last called: what clip_grad_norm_ reports, on the device.
-    A tied weight, whose gradient has several parts, is updated once, with their sum. Raises ValueError for what
-    cannot be combined with this.
+    global gradient norm, on the device, of the backward passes since its last call. A tied weight is updated once, with
+    the sum of its gradients. Raises ValueError: see `check`.
     """
     check(grad_accum=grad_accum, max_grad_norm=max_grad_norm, dtype=dtype)
     norms = []
-    weak = weakref.ref(optimizer)  # parameter → hook → optimizer → parameter: Python could not free that ring
+    weak = weakref.ref(optimizer)  # parameter → hook → optimizer → parameter: a cycle that Python could not free
 
     def update(parameter: nn.Parameter) -> None:
         norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
@@ -39,7 +36,7 @@ def step_in_backward(
             parameter.register_post_accumulate_grad_hook(update)
 
     def grad_norm() -> Tensor:
-        total = torch.linalg.vector_norm(torch.stack(norms))
+        total = torch.linalg.vector_norm(torch.stack(norms or [torch.zeros(())]))  # perhaps nothing had a gradient
         norms.clear()
         return total
 

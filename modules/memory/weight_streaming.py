@@ -1,26 +1,24 @@
 """Weights that live in host memory and visit the card one block ahead of their use.
 
 A model computes with one block at a time, and a LoRA run never changes the block's large weights. So they can stay in
-page-locked host memory, or on disk, while the card holds two blocks: the one that computes, and the next one, on its
-way through PCIe on a stream of its own. Forward visits the blocks upwards, backward (which computes each block a second
-time) downwards:
+page-locked host memory, or on disk, while the card holds two blocks: the one that computes, and the next one, which is
+being copied on a stream of its own. Backward recomputes the blocks, in reverse order:
 
-                    in host memory      a block     two on the card     a block's way, at 25 GB/s
+                    in host memory      a block     two on the card     a block's copy, at 25 GB/s
     8B  NF4             3.6 GB          0.11 GB         0.23 GB               4.5 ms
     8B  bfloat16       14.0 GB          0.44 GB         0.87 GB                17 ms
     70B NF4            35.3 GB          0.44 GB         0.88 GB                18 ms
 
-The way hides behind the work as soon as the block's forward takes longer. At 2 operations per weight and token and
-100 TFLOP/s that is from 1,000 tokens per micro-batch on for NF4, from 4,000 for bfloat16. Two places are enough: the
-copy into one waits for the block that was there before, and that one has finished when its successor starts.
+The copy is hidden once the block's forward takes longer. At 2 operations per weight and token and 100 TFLOP/s that is
+from 1,000 tokens per micro-batch for NF4, from 4,000 for bfloat16.
 
-Block i always takes place i mod 2, so its parameters on the card are made once, as views of that memory. Where a block
-is not on the card, its layers show the parameters in host memory: names, counts and values stay those of the model, and
-computing with a block that nobody called for is an error about devices, not a wrong number. (Before the first use all
-layers show their place on the card, where `add_lora` then puts the adapters; its contents are NaN.)
+Block i always takes place i mod 2, so its parameters on the card are made once, as views of that memory. The layers of
+a block that is not on the card have the parameters in host memory: names, counts and values are those of the model, and
+computing with such a block is an error about devices, not a wrong number. (Before the first use all layers have their
+place on the card, filled with NaN; `add_lora` puts the adapters there.)
 
-Norms, biases, adapters and the head stay on the card. So does a tied embedding; an untied one stays in host memory and
-sends the rows that a batch needs (modules/memory/host_embedding.py).
+Norms, biases, adapters and the head stay on the card. So does a tied embedding; an untied one stays in host memory
+(modules/memory/host_embedding.py).
 """
 
 import dataclasses
@@ -41,7 +39,7 @@ from modules.memory.host_memory import pinned_empty
 PLACES = 2
 ALIGNMENT = 512  # bytes, as CUDA's allocator aligns
 NEEDS_RECOMPUTATION = (
-    "streamed weights have left the card when backward comes, so every block must be computed again there: "
+    "streamed weights have left the card when backward comes, so every block must be recomputed there: "
     "choose --activations lean or offload, or run without gradients"
 )
 ARE_FROZEN = (
@@ -55,7 +53,7 @@ def stream_weights(model: nn.Module, device: torch.device, *, folder: Path | Non
 
     For a frozen model on the meta device (give `load_weights` the result's `take`) or loaded, before `add_lora`. The
     model then runs without gradients; to train it, something must recompute the blocks and call `use` before each one,
-    in forward and in backward (`keep_activations` with `bind=streamed.use`).
+    in forward and in backward (`checkpoint_activations` with `bind=streamed.use`).
     """
     if lora_layers(model):
         raise ValueError("stream_weights comes before add_lora: adapters do not travel")
@@ -82,12 +80,9 @@ def stream_weights(model: nn.Module, device: torch.device, *, folder: Path | Non
 class _Place:
     """Room for one block on the card."""
 
-    memory: Tensor
-    """Flat uint8."""
-    stage: Tensor | None
-    """With a scratch file: page-locked memory of the same size, in which a block stops on its way from the disk."""
-    arrived: torch.cuda.Event | None
-    """On CUDA: the last copy to `memory` has ended."""
+    memory: Tensor  # flat uint8
+    stage: Tensor | None  # with a scratch file: page-locked memory between the disk and the card
+    arrived: torch.cuda.Event | None  # on CUDA: the last copy to `memory` has ended
     block: int | None = None
     reading: Future | None = None
 
@@ -101,10 +96,9 @@ class StreamedWeights:
     def __init__(self, model: nn.Module, device: torch.device, folder: Path | None = None):
         self.device, self.folder, self.copies = device, folder, 0
         self.blocks = list(model.blocks)
-        self.index = {block: i for i, block in enumerate(self.blocks)}
         self.layers = [name for name, layer in self.blocks[0].named_modules() if isinstance(layer, nn.Linear)]
-        prefixes = {self.index[m]: name for name, m in model.named_modules() if m in self.index}
-        self.names = [f"{prefixes[i]}.{layer}.weight" for i in range(len(self.blocks)) for layer in self.layers]
+        prefix = next(name for name, module in model.named_modules() if module is model.blocks)
+        self.names = [f"{prefix}.{i}.{layer}.weight" for i in range(len(self.blocks)) for layer in self.layers]
         self.host = torch.empty(0)  # [blocks, bytes] uint8, made when the first block shows how large it is
         self.places: list[_Place] = []
         self.in_host: dict[int, list[nn.Parameter]] = {}  # block -> its parameters, in the order of `layers`
@@ -134,7 +128,7 @@ class StreamedWeights:
     # Loading
 
     def take(self, name: str) -> None:
-        """Parameter `name` has been loaded. When it is the last one of its block, the block leaves for the host."""
+        """Parameter `name` has been loaded. With the last one of its block, the block moves to the host."""
         i = self._expected.pop(name, None)
         if i is not None and i not in self._expected.values():
             self._move_to_host(i)
@@ -143,21 +137,19 @@ class StreamedWeights:
     def _move_to_host(self, i: int) -> None:
         weights = [self.blocks[i].get_parameter(f"{layer}.weight") for layer in self.layers]
         if not self.places:
-            self._allocate(sum(_aligned(part.nbytes) for weight in weights for part in _parts(weight).values()))
+            self._allocate(sum(_aligned(part.nbytes) for weight in weights for part in inner_tensors(weight).values()))
         self.in_host[i] = _laid_out(weights, self.host[i])
         self.on_card[i] = _laid_out(weights, self.places[i % len(self.places)].memory)
         for weight, home in zip(weights, self.in_host[i], strict=True):
-            for name, part in _parts(home).items():
-                part.copy_(_parts(weight)[name])
+            for name, part in inner_tensors(home).items():
+                part.copy_(inner_tensors(weight)[name])
         self._bind(i, self.on_card[i])  # until the first `use`
 
     def _allocate(self, size: int) -> None:
         if self.folder:
             needed, free = len(self.blocks) * size, shutil.disk_usage(self.folder).free
             if free < needed:  # writing to mapped memory that the disk has no room for kills the process
-                raise ValueError(
-                    f"{self.folder} has {free / 2**30:.2f} GiB free; the weights need {needed / 2**30:.2f}"
-                )
+                raise ValueError(f"{self.folder} has {free / 2**30:.2f} GiB free, weights need {needed / 2**30:.2f}")
             # The file loses its name at once and its room when the process ends, however it ends.
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".streamed-weights-") as file:
                 flat = torch.from_file(file.name, shared=True, size=needed, dtype=torch.uint8)
@@ -175,15 +167,14 @@ class StreamedWeights:
     # Use
 
     def use(self, block: nn.Module) -> None:
-        """Call right before `block` computes, in forward and in backward: its weights are on the card for what follows.
+        """Call right before `block` computes, in forward and in backward, to have its weights on the card.
 
-        Also sends the next block on its way. The GPU waits for the copies, the host does not (but for a scratch file,
-        where it waits until the block has been read). Which block is next is what came after these two last time; that
-        way the turn from forward to backward, and an evaluation's from the last block to the first, are known.
+        Also starts to copy the next block: the one that followed these two last time, so that the turn from forward to
+        backward is known. The GPU waits for the copies. The host waits only until a scratch file has been read.
         """
         if not self._started:
             self._start()
-        i = self.index[block]
+        i = block.index
         self._followed[self._last_two] = i
         self._last_two = (self._last_two[1], i)
         place = self._send(i)
@@ -242,7 +233,7 @@ class StreamedWeights:
             self.blocks[i].get_submodule(layer)._parameters["weight"] = parameter
 
 
-def _parts(weight: Tensor) -> dict[str, Tensor]:
+def inner_tensors(weight: Tensor) -> dict[str, Tensor]:
     """The memory that a weight consists of: its own, or the inner tensors of a quantised one."""
     if not hasattr(weight, "__tensor_flatten__"):
         return {"weight": weight}
@@ -254,7 +245,7 @@ def _laid_out(weights: Sequence[Tensor], memory: Tensor) -> list[nn.Parameter]:
     parameters, offset = [], 0
     for weight in weights:
         parts = {}
-        for name, part in _parts(weight).items():
+        for name, part in inner_tensors(weight).items():
             parts[name] = memory[offset : offset + part.nbytes].view(part.dtype).view(part.shape)
             offset += _aligned(part.nbytes)
         made = parts.get("weight")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from modules.compile import compiled
 from modules.quantization.quantize import quantize_blocks
+from modules.quantization.quantized import CHUNK, QuantizedLinear
 from modules.quantization.torchao_parts import NF4Tensor, SubclassTensorArgs
 
 BLOCK = 64  # weights per scale
@@ -26,7 +27,6 @@ SCALE_BLOCK = 256  # scales per float32 factor
 LEVELS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0)
 LEVELS += (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
 ZERO_CODE = 7
-CHUNK = 1 << 24  # weights quantised at a time: bounds the transient memory to ~0.3 GB
 
 
 @torch.no_grad()
@@ -40,14 +40,15 @@ def quantize_nf4_tensor(weight: Tensor, dtype: torch.dtype | None = None) -> NF4
     block = _largest_divisor(flat.numel(), BLOCK)
     if block < 2:
         raise ValueError(f"cannot quantise a weight of shape {tuple(weight.shape)} to NF4: its size is odd")
-    scales = torch.cat([part.view(-1, block).abs().amax(1).float() for part in flat.split(_chunk(block))])
+    chunk = CHUNK // block * block
+    scales = torch.cat([part.view(-1, block).abs().amax(1).float() for part in flat.split(chunk)])
     if not bool(torch.isfinite(scales).all()):
         raise ValueError("cannot quantise to NF4: the weight holds NaN or infinite values")
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=weight.device)
     midpoints = (levels[1:] + levels[:-1]) / 2
     packed = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=weight.device)
-    for start in range(0, flat.numel(), _chunk(block)):
-        part = flat[start : start + _chunk(block)].view(-1, block).float()
+    for start in range(0, flat.numel(), chunk):
+        part = flat[start : start + chunk].view(-1, block).float()
         scale = scales[start // block : start // block + part.shape[0], None]
         codes = torch.bucketize(part / scale, midpoints, out_int32=True)  # 0 / 0 in a block of zeros: any code, as …
         codes = codes.masked_fill_(scale == 0, ZERO_CODE).to(torch.uint8).view(-1, 2)  # … its weights are set here
@@ -59,7 +60,9 @@ def quantize_nf4_tensor(weight: Tensor, dtype: torch.dtype | None = None) -> NF4
     factor = 256 / (2 * centred.abs().amax(1))  # as torchao: the largest becomes ±128, and +128 is cut to 127 below
     factor = torch.where(torch.isfinite(factor), factor, 1.0)  # infinite where all scales are alike
     scales_int8 = (centred * factor[:, None]).round().clamp(-128, 127).to(torch.int8).view(-1)
-    return _nf4_tensor(weight.shape, dtype, block, scale_block, packed, scales_int8, factor, mean, levels)
+    strides = (weight.shape[1], 1) if weight.ndim == 2 else (1,)
+    meta = SubclassTensorArgs(weight.shape, strides, 0, dtype, weight.device, False)
+    return NF4Tensor(meta, block, scales.numel(), scale_block, scales_int8, factor, mean, packed, levels)
 
 
 def dequantize_nf4(weight: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -94,21 +97,11 @@ class _FrozenNF4Linear(torch.autograd.Function):
         return (grad @ dequantize_nf4(ctx.weight, grad.dtype)) if ctx.needs_input_grad[0] else None, None
 
 
-class NF4Linear(nn.Linear):
-    """A linear layer whose frozen weight is stored in NF4. Its parameter keeps the dense layer's name."""
-
-    @classmethod
-    def from_linear(cls, dense: nn.Linear) -> "NF4Linear":
-        """Take over `dense`'s parameters; a weight still on the meta device is quantised when it is loaded."""
-        layer = cls(dense.in_features, dense.out_features, dense.bias is not None, device="meta")
-        weight = dense.weight if dense.weight.is_meta else quantize_nf4_tensor(dense.weight.detach())
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-        layer.bias = dense.bias
-        return layer.requires_grad_(False).train(dense.training)
+class NF4Linear(QuantizedLinear):
+    """A linear layer whose frozen weight is stored in NF4."""
 
     @staticmethod
     def pack_weight(dense: Tensor) -> NF4Tensor:
-        """How a checkpoint's dense weight is stored in this layer (`load_weights` asks every module for this)."""
         return quantize_nf4_tensor(dense)
 
     def dense_weight(self) -> Tensor:
@@ -127,13 +120,3 @@ def quantize_nf4(model: nn.Module, *, head: bool = False) -> list[str]:
 def _largest_divisor(number: int, limit: int) -> int:
     """The largest power of two up to `limit` that divides `number` (small or odd matrices get smaller blocks)."""
     return min(limit, number & -number)
-
-
-def _chunk(block: int) -> int:
-    return CHUNK // block * block
-
-
-def _nf4_tensor(shape, dtype, block, scale_block, packed, scales_int8, factor, mean, levels) -> NF4Tensor:
-    strides = (shape[1], 1) if len(shape) == 2 else (1,)
-    meta = SubclassTensorArgs(torch.Size(shape), strides, 0, dtype, packed.device, False)
-    return NF4Tensor(meta, block, scales_int8.numel(), scale_block, scales_int8, factor, mean, packed, levels)

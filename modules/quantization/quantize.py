@@ -32,16 +32,15 @@ def quantize_blocks(model: nn.Module, kind: type[nn.Linear] | None, *, head: boo
     check_head(kind, head)
     if kind is None:
         return names
-    if head and type(model.lm_head) is nn.Linear:
-        if model.lm_head.weight is model.model.embed_tokens.weight:
+    if head and type(model.head) is nn.Linear:
+        if model.head.weight is model.model.embed_tokens.weight:
             raise ValueError("--quantize-head: this model's head shares the embedding's weight, which stays dense")
-        model.lm_head = kind.from_linear(model.lm_head)
-        names.append("lm_head")
+        names = [name for name, module in model.named_modules() if module is model.head]
+        model.set_submodule(names[0], kind.from_linear(model.head))
     for prefix, block in ((n, m) for n, m in model.named_modules() if any(m is b for b in model.blocks)):
         for name, layer in list(block.named_modules()):
             if type(layer) is nn.Linear and ".lora_" not in name:  # adapters stay as they are
-                parent, _, leaf = name.rpartition(".")
-                setattr(block.get_submodule(parent), leaf, kind.from_linear(layer))
+                block.set_submodule(name, kind.from_linear(layer))
                 names.append(f"{prefix}.{name}")
     return names
 
@@ -51,8 +50,8 @@ def check_head(kind: type[nn.Linear] | None, head: bool) -> None:
         raise ValueError("--quantize-head quantises the head like the blocks: it needs --quantize nf4, int8 …")
 
 
-def rounded_like(kind: type[nn.Linear], weight: Tensor) -> Tensor:
-    """What a dense weight is after having been stored in this kind of layer."""
+def stored_as(kind: type[nn.Linear], weight: Tensor) -> nn.Linear:
+    """A layer of this kind with a dense weight, whose `dense_weight()` is the weight after rounding."""
     dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)
-    return kind.from_linear(dense).dense_weight()
+    return kind.from_linear(dense)

@@ -12,8 +12,8 @@ to the row's largest: int8 is better for plain weights, float8 for rows with out
 that puts the group's number of largest magnitude on -8, so that all 16 codes are used (8.6 % instead of 9.5 %).
 
 Only storage is small: a matrix is dequantised where it is multiplied with, one at a time, and dropped; the products
-run in the activations' dtype. So this works on any device and with anything that trains beside a frozen weight: LoRA
-and its relatives, recomputation, the hand-written blocks, streaming. Merged or saved, what counts is the dequantised
+run in the activations' dtype. So this works on any device and with anything that trains next to a frozen weight: LoRA
+and its relatives, recomputation, the fused blocks, streaming. Merged or saved, what counts is the dequantised
 weight.
 """
 
@@ -23,10 +23,56 @@ import torch
 from torch import Tensor, nn
 
 from modules.compile import compiled
-from modules.quantization.packed_tensor import PackedTensor
 
 GROUP = 32  # int4 weights per scale
-CHUNK = 1 << 24  # weights quantised at a time: bounds the transient memory
+CHUNK = 1 << 24  # weights quantised at a time: bounds the transient memory to ~0.3 GB
+
+
+class PackedTensor(torch.Tensor):
+    """A matrix that is stored as codes and scales and looks like the dense one: its shape, dtype, number of weights.
+
+    Code that holds parameters need not know how they are stored: a layer's `weight` is one parameter under its own
+    name, and merged weights are rounded to the dtype that it reads as. Memory plans and streaming do need to know: they
+    take it apart by PyTorch's protocol for tensor subclasses, `__tensor_flatten__`. It can be copied, moved and read;
+    to compute with it, ask for `dense()`.
+
+    Subclasses define `encode(rows float32) → (codes, scales)` and `decode(codes, scales, dtype) → dense`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
+
+    def __init__(self, codes: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype):
+        self.codes, self.scales = codes, scales
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix, in `dtype` (default: the dtype that it reads as)."""
+        with torch._C.DisableTorchFunctionSubclass():  # asking a subclass for its dtype takes the host 10 µs
+            return self.decode(self.codes, self.scales, dtype or self.dtype)
+
+    def __tensor_flatten__(self):
+        return ["codes", "scales"], {"dtype": self.dtype}
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, shape, stride):
+        return cls(inner["codes"], inner["scales"], shape, context["dtype"])
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        self, kwargs = args[0], dict(kwargs or {})
+        if operation in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(operation(self.codes), operation(self.scales), self.shape, self.dtype)
+        if operation is torch.ops.aten._to_copy.default:
+            dtype = kwargs.pop("dtype", None) or self.dtype  # changes what it reads as
+            return cls(operation(self.codes, **kwargs), operation(self.scales, **kwargs), self.shape, dtype)
+        raise NotImplementedError(f"{operation} of a {cls.__name__}: compute with its dense()")
 
 
 class Int8Tensor(PackedTensor):
@@ -84,7 +130,10 @@ class Int4Tensor(PackedTensor):
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer with a frozen weight of such a kind. Its parameter keeps the dense layer's name."""
+    """A linear layer whose frozen weight is stored small. Its parameter keeps the dense layer's name.
+
+    Subclasses name the `kind` of PackedTensor that it is stored in.
+    """
 
     kind: type[PackedTensor]
 
@@ -149,5 +198,5 @@ def quantize_tensor(weight: Tensor, kind: type[PackedTensor]) -> PackedTensor:
 
 
 def _positive(scales: Tensor) -> Tensor:
-    """Rows of zeros get some scale, too."""
+    """Scales above 0, for rows of zeros too."""
     return scales.clamp(min=torch.finfo(torch.float32).tiny)

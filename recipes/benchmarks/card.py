@@ -1,8 +1,9 @@
-"""The clock and the memory of a card, and what keeps it within a cap. On a CPU there is nothing to read or to limit."""
+"""Time and memory on a card, and how to keep it within a cap. On a CPU there is nothing to read or to limit."""
 
 import gc
 import time
 from collections.abc import Callable
+from statistics import linear_regression
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def card_gib(device: torch.device) -> float | None:
 
 
 def limit_memory(cap_gib: float, device: torch.device) -> None:
-    """Let PyTorch have only what keeps the whole card within the cap; more is an out-of-memory error."""
+    """Limit PyTorch to what keeps the whole card within the cap; more is an out-of-memory error."""
     if device.type != "cuda":
         return
     free_memory(device)
@@ -68,13 +69,25 @@ def lift_limit(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nobody uses any more, on the card and in page-locked host memory."""
+    """Free what is no longer used, on the card and in page-locked host memory."""
     gc.collect()
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.empty_cache()
         # torch.accelerator's name for it is younger than torch 2.11.
         (getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache)()
+
+
+def attempt(device: torch.device, measure: Callable[..., dict], *args, **settings) -> dict:
+    """The result of `measure`, or why it failed, so that one failure does not end the benchmark."""
+    torch.compiler.reset()
+    free_memory(device)  # what earlier measurements have left behind
+    try:
+        return measure(*args, **settings)
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}
+    except (RuntimeError, ValueError) as error:  # ValueError: settings that this device cannot have
+        return {"failed": str(error).strip().partition("\n")[0][:300]}
 
 
 def host_memory(
@@ -84,7 +97,7 @@ def host_memory(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> dict:
-    """GiB that is kept in host memory for want of room on the card, by purpose."""
+    """GiB kept in host memory to save room on the card, by purpose."""
     if device.type != "cuda":
         return {"host_gib": None}
     states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
@@ -100,7 +113,5 @@ def host_memory(
 
 def fit_line(points: list[tuple[float, float]]) -> tuple[float, float]:
     """Least squares: (y at 0, y per x)."""
-    xs, ys = zip(*points, strict=True)
-    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
-    slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / sum((x - x_mean) ** 2 for x in xs)
-    return y_mean - slope * x_mean, slope
+    slope, intercept = linear_regression(*zip(*points, strict=True))
+    return intercept, slope

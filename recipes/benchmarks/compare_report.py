@@ -1,12 +1,11 @@
 """What recipes/compare_methods.py found: a table, and the score against trained parameters and memory as SVG."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from checkpointing.atomic import atomic_write_text
-from checkpointing.loss_plot import INK, QUIET, TRAIN, text, ticks
+from checkpointing.loss_plot import INK, TRAIN, svg, text
+from recipes.benchmarks.figures import Panel, linear, logarithmic, markdown
 
 WIDTH, HEIGHT, TOP, BOTTOM = 1160, 520, 64, 456
 PANELS = ((70, 540), (640, 1110))  # left and right edge of each
@@ -15,34 +14,26 @@ LINE, LETTER = 14, 6.6  # height of a label, width of a letter
 Point = tuple[float, float]
 
 
-def has_matches(results: dict) -> bool:
-    """Whether the score is the share of right answers; else it is the held-out loss."""
-    return all("exact_match" in row for row in results["rows"] if "failed" not in row)
-
-
 def table(results: dict) -> str:
     """All methods as markdown, the best first."""
-    matches, gpu = has_matches(results), "gpu" in results["machine"]
+    done = [row for row in results["rows"] if "failed" not in row]
+    matches, gpu = all("exact_match" in row for row in done), "gpu" in results["machine"]
     head = ["method", "learning rate", "trained", *(["exact match"] if matches else []), "held-out loss"]
     head += ["peak memory", *(["target tokens/s"] if gpu else ["processor time"])]
-    done = [row for row in results["rows"] if "failed" not in row]
     done.sort(key=lambda row: (-row.get("exact_match", 0), row["eval_loss"]))
-    lines = [head, ["---", *["--:"] * (len(head) - 1)]]
+    lines = []
     for row in done:
         settings = {name: value for name, value in row["settings"].items() if name != "lr"}
-        beside = "".join(f", {value}" for value in settings.values())
+        others = "".join(f", {value}" for value in settings.values())
         score = [f"{row['exact_match']:.1%}"] if matches else []
         cost = f"{row['tokens_per_second']:,}" if gpu else f"{row['processor_seconds']:.0f} s"
-        figures = [*score, f"{row['eval_loss']:.4f}", memory(row), cost]
+        gib = row["peak_memory_gib"]
+        memory = f"{gib:.2f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
+        figures = [*score, f"{row['eval_loss']:.4f}", memory, cost]
         rate = f"{row['settings']['lr']:.2g}"
-        lines.append([row["method"] + beside, rate, f"{row['trained']:,}", *figures])
+        lines.append([row["method"] + others, rate, f"{row['trained']:,}", *figures])
     lines += [[row["method"], row["failed"], *[""] * (len(head) - 2)] for row in results["rows"] if "failed" in row]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def memory(row: dict) -> str:
-    gib = row["peak_memory_gib"]
-    return f"{gib:.2f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
+    return markdown(head, lines, align="--:")
 
 
 def draw(results: dict, path: Path) -> None:
@@ -51,63 +42,20 @@ def draw(results: dict, path: Path) -> None:
     if not rows:
         return
     names, losses = [row["method"] for row in rows], [row["eval_loss"] for row in rows]
-    loss_axis = _logarithmic(losses) if max(losses) > 20 * min(losses) else _linear(losses)
+    loss_axis = logarithmic(losses) if max(losses) > 20 * min(losses) else linear(losses)
     large = max(row["peak_memory_gib"] for row in rows) >= 1
     used = [row["peak_memory_gib"] * (1 if large else 1024) for row in rows]
     trained = [float(row["trained"]) for row in rows]
-    picture = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="12">',
-        f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10" fill="#fff" stroke="#d9dee6"/>',
-        text(PANELS[0][0], 36, "Held-out loss (lower is better)", f'fill="{INK}" font-size="17" font-weight="600"'),
-    ]
     unit = "peak memory, GiB" if large else "peak memory of the training, MiB"
+    parts = []
     for edges, xs, axis, title in (
-        (PANELS[0], trained, _logarithmic(trained, whole=True), "trained parameters"),
-        (PANELS[1], used, _linear(used), unit),
+        (PANELS[0], trained, logarithmic(trained, whole=True), "trained parameters"),
+        (PANELS[1], used, linear(used), unit),
     ):
-        dots = list(zip(map(axis.place(*edges), xs), map(loss_axis.place(BOTTOM, TOP), losses), strict=True))
-        picture += _grid(edges, axis, loss_axis, title) + _dots(names, dots, edges)
-    atomic_write_text(path, "\n".join([*picture, "</svg>", ""]))
-
-
-@dataclass(frozen=True)
-class Axis:
-    ticks: list[float]
-    logarithmic: bool = False
-
-    def place(self, start: float, end: float) -> Callable[[float], float]:
-        """From a value to its place between `start` and `end`, where the first and the last tick are."""
-        scale = math.log10 if self.logarithmic else float
-        low, high = scale(self.ticks[0]), scale(self.ticks[-1])
-        return lambda value: start + (scale(value) - low) / (high - low) * (end - start)
-
-
-def _linear(values: list[float]) -> Axis:
-    return Axis(ticks(values, 6))
-
-
-def _logarithmic(values: list[float], whole: bool = False) -> Axis:
-    """Ticks at 1, 2 and 5 times powers of ten, or (`whole`) at these alone, that enclose the values."""
-    steps = [m * 10.0**e for e in range(-9, 13) for m in ((1,) if whole else (1, 2, 5))]
-    first = max(i for i, step in enumerate(steps) if step <= min(values))
-    last = min(i for i, step in enumerate(steps) if step >= max(values))
-    return Axis(steps[first : max(last, first + 1) + 1], logarithmic=True)
-
-
-def _grid(edges: tuple[int, int], x_axis: Axis, y_axis: Axis, title: str) -> list[str]:
-    left, right = edges
-    quiet, picture = f'fill="{QUIET}" text-anchor=', []
-    for y in y_axis.ticks:
-        height = y_axis.place(BOTTOM, TOP)(y)
-        picture.append(f'<path d="M{left} {height:.1f}H{right}" stroke="#e8ebf0"/>')
-        picture.append(text(left - 10, height + 4.5, f"{y:g}", f'{quiet}"end"'))
-    for x in x_axis.ticks:
-        at = x_axis.place(left, right)(x)
-        picture.append(f'<path d="M{at:.1f} {BOTTOM}v5" stroke="#9aa4b2"/>')
-        picture.append(text(at, BOTTOM + 20, f"{x:,.6g}" if x < 1e6 else f"{x:,.0f}", f'{quiet}"middle"'))
-    picture.append(f'<path d="M{left} {BOTTOM}H{right}" stroke="#9aa4b2"/>')
-    return [*picture, text((left + right) / 2, HEIGHT - 16, title, f'{quiet}"middle"')]
+        panel = Panel(*edges, TOP, BOTTOM, axis, loss_axis)
+        dots = list(zip(map(panel.x, xs), map(panel.y, losses), strict=True))
+        parts += panel.grid(title, HEIGHT - 16) + _dots(names, dots, edges)
+    atomic_write_text(path, svg(WIDTH, HEIGHT, 12, PANELS[0][0], "Held-out loss (lower is better)", parts))
 
 
 def _dots(names: list[str], dots: list[Point], edges: tuple[int, int]) -> list[str]:

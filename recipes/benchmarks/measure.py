@@ -10,26 +10,28 @@ How everything is counted:
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from checkpointing.pretrained import put_weight
+from data.batches import Batch
 from models import build_model
 from models.llama import PRESETS
 from modules.adapters.lora import add_lora
+from modules.adapters.vlm_parts import name_in_language_model
 from modules.attention import choose_attention, padded_layout
-from modules.fused.blocks import why_not
+from modules.fused.blocks import why_plain
 from modules.loss import linear_cross_entropy
-from modules.memory.activations import keep_activations
+from modules.memory.activations import checkpoint_activations
 from modules.memory.host_embedding import keep_embedding_on_host
 from modules.memory.step_in_backward import step_in_backward
 from modules.memory.weight_streaming import StreamedWeights, stream_weights
 from modules.optim import build_optimizer
-from recipes.benchmarks.card import GIB, card_gib, free_memory, host_memory, lift_limit, limit_memory, synchronize
+from recipes.benchmarks import card
 
 UNTIMED = 3  # first steps, in which kernels are compiled and memory is found
 WARM_UP_LENGTH = 1024
@@ -55,7 +57,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Row:
-    """One training run to be measured; the recipes have a flag of the same name for nearly every field."""
+    """One training run to be measured. Nearly every field is a flag of the recipes."""
 
     preset: str
     batch: int
@@ -70,7 +72,7 @@ class Row:
     activations_gib: float = 0.0
     activations_host_gib: float = 0.0
     fused: bool = True
-    """By the hand-written blocks, or by the plain modules."""
+    """By the fused blocks, or by the plain modules."""
     compile: bool = True
     weights: str = "resident"
     optimizer: str = "adamw"
@@ -101,35 +103,58 @@ class Row:
         return ", ".join(words)
 
 
+def activation_modes(row: Row, budgets_gib: Sequence[float] = (), host_gib: float = 0.0) -> list[Row]:
+    """The row with each kind of activation checkpointing; offload also with blocks kept in so much memory, and with
+    so much host memory for what attention made."""
+    rows = [replace(row, activations=mode) for mode in ("fast", "lean", "offload")]
+    rows += [replace(row, activations="offload", activations_gib=gib) for gib in budgets_gib]
+    if host_gib:
+        rows += [replace(row, activations_host_gib=host_gib) for row in rows if row.activations == "offload"]
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A model
 
 
-def random_model(row: Row, machine: Machine, seed: int = 0) -> tuple[nn.Module, StreamedWeights | None]:
+def random_model(row: Row, machine: Machine, config: dict | None = None) -> tuple[nn.Module, StreamedWeights | None]:
     """The row's model with random weights made on the device, one at a time, as if read from a checkpoint.
 
     Each is quantised, and each block sent to the host, as it arrives: a model of any size passes through a small card.
+    `config` is a config.json in place of the preset's. Of a vision-language model only the language model is trained.
     """
-    torch.manual_seed(seed)  # for the adapters
-    generator = torch.Generator(machine.device).manual_seed(seed)
-    model = build_model(machine.config(row.preset)).requires_grad_(row.rank == 0)
+    torch.manual_seed(0)  # for the adapters
+    generator = torch.Generator(machine.device).manual_seed(0)
+    model = build_model(config or machine.config(row.preset)).requires_grad_(row.rank == 0)
+    language = getattr(model, "language_model", model)
     if row.quantize == "nf4":
         from modules.quantization.nf4 import quantize_nf4  # torchao takes seconds to import
 
-        quantize_nf4(model, head=row.quantize_head)
+        quantize_nf4(language, head=row.quantize_head)
+        if language is not model:
+            quantize_nf4(model.vision_tower)
+            model.lm_head = language.lm_head
     if row.embedding == "host":
-        keep_embedding_on_host(model, machine.device)
-    streamed = stream_weights(model, machine.device) if row.weights == "stream" else None
+        keep_embedding_on_host(language, machine.device)
+    streamed = stream_weights(language, machine.device) if row.weights == "stream" else None
     for name, parameter in list(model.named_parameters()):
         weight = torch.empty(parameter.shape, dtype=machine.dtype, device=machine.device)
-        weight.fill_(1.0) if weight.ndim == 1 else weight.normal_(0.0, 0.02, generator=generator)
+        is_norm = weight.ndim == 1 and name.endswith("weight")
+        weight.fill_(1.0) if is_norm else weight.normal_(0.0, 0.02, generator=generator)
         put_weight(model, name, weight)
         if streamed:
-            streamed.take(name)
+            streamed.take(name if language is model else name_in_language_model(model, name))
     model.tie_weights()
     if row.rank:
-        add_lora(model, rank=row.rank, alpha=2.0 * row.rank)
+        add_lora(language, rank=row.rank, alpha=2.0 * row.rank)
     return model.train(), streamed
+
+
+def random_batch(row: Row, length: int, vocabulary: int) -> Batch:
+    """Rows of random tokens, on the CPU; every token but a row's first is a target."""
+    ids = torch.randint(vocabulary, (row.batch, length), generator=torch.Generator().manual_seed(1))
+    index = torch.arange(row.batch * length).view(row.batch, length)[:, :-1].flatten()
+    return Batch(ids, padded_layout(length), index, ids[:, 1:].flatten())
 
 
 def flops_per_token(row: Row, config) -> float:
@@ -162,79 +187,86 @@ def train(
     untimed: int = UNTIMED,
     lr: float = 1e-4,
     warm_up: bool = False,
+    make_batch: Callable[[int], Batch] | None = None,
+    loaded: Iterator[Batch] | None = None,
 ) -> dict:
-    """Train the model for some steps on one random batch, set up as the recipes do; what came out.
+    """Train the model for some steps on one batch, set up as the recipes do; → the figures.
 
-    Under a cap, or to warm up, a short step goes before: it compiles and loads every kernel, so that what CUDA takes
-    for itself is known, and what the compiler tries out counts nowhere.
+    `make_batch(length)` makes the batch (default: random tokens); with `loaded` each step takes the next one from
+    there. Under a cap, or to warm up, a short step goes first: it compiles and loads every kernel, so that what CUDA
+    takes for itself is known, and what the compiler tries out counts nowhere.
     """
     device, dtype = machine.device, machine.dtype
+    language = getattr(model, "language_model", model)  # of a vision-language model the part that is trained
+    make_batch = make_batch or (lambda length: random_batch(row, length, model.config.vocab_size))
     model.zero_grad()  # an earlier run may have ended in the middle of a step
-    attention = choose_attention(model.config, device, dtype, batch=row.batch, length=row.length)
-    if row.fused and (reason := why_not(model)):
-        raise ValueError(f"no hand-written blocks: {reason}")
-    offload = keep_activations(
-        model,
+    attention = choose_attention(language.config, device, dtype, batch=row.batch, length=row.length)
+    if row.fused and (reason := why_plain(language)):
+        raise ValueError(f"no fused blocks: {reason}")
+    offload = checkpoint_activations(
+        language,
         row.activations,
-        budget=row.activations_gib * GIB,
-        host_budget=row.activations_host_gib * GIB,
+        budget=row.activations_gib * card.GIB,
+        host_budget=row.activations_host_gib * card.GIB,
         fused=row.fused,
         compile=row.compile,
         bind=streamed.use if streamed else None,
     )
+    if language is not model:
+        checkpoint_activations(model.vision_tower, "none", compile=row.compile)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(row.optimizer, trainable, lr=lr, weight_decay=0.0)
     norm_of_backward = None
     if row.step_in_backward:
         norm_of_backward = step_in_backward(optimizer, grad_accum=1, max_grad_norm=0.0, dtype=dtype)
 
-    def make_step(length: int) -> Callable[[], float]:
-        ids = random_ids(row.batch, length, model.config.vocab_size, device)
-        layout = padded_layout(length).prepare(device, dtype)
-        index = torch.arange(row.batch * length).view(row.batch, length)[:, :-1].flatten().to(device)
-        targets = ids[:, 1:].flatten()
-
-        def step() -> float:
-            hidden = model(ids, layout)
-            loss = linear_cross_entropy(hidden, model.lm_head, targets, index=index) / targets.numel()
-            del hidden
-            loss.backward()
-            if norm_of_backward:
-                norm_of_backward()
-            else:
-                clip_grad_norm_(trainable.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.item()
-
-        return step
+    def step(batch: Batch) -> float:
+        images = {} if batch.images is None else {"images": batch.images}
+        hidden = model(batch.input_ids, batch.layout, **images)
+        loss = linear_cross_entropy(hidden, model, batch.targets, index=batch.target_index)
+        loss = loss / batch.target_tokens
+        del hidden
+        loss.backward()
+        if norm_of_backward:
+            norm_of_backward()
+        else:
+            clip_grad_norm_(trainable.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
 
     if warm_up or row.cap_gib:
-        make_step(min(row.length, WARM_UP_LENGTH))()
+        step(make_batch(min(row.length, WARM_UP_LENGTH)).to(device, dtype))
     if row.cap_gib:
-        limit_memory(row.cap_gib, device)
+        card.limit_memory(row.cap_gib, device)
+    ready = make_batch(row.length).to(device, dtype)
     try:
         figures = run_steps(
-            make_step(row.length), steps=steps, untimed=untimed, tokens=row.batch * row.length, on=device
+            lambda: step(next(loaded).to(device, dtype) if loaded else ready),
+            steps=steps,
+            untimed=untimed,
+            tokens=row.batch * row.length,
+            on=device,
         )
     finally:
-        lift_limit(device)
+        card.lift_limit(device)
     if row.cap_gib:
         figures["within_cap"] = None if figures["card_gib"] is None else figures["card_gib"] <= row.cap_gib
-    figures |= {"attention": attention, "flops_per_token": flops_per_token(row, model.config)}
-    return figures | host_memory(model, offload, streamed, optimizer, device)
+    if language is model:
+        figures["flops_per_token"] = flops_per_token(row, model.config)
+    return figures | {"attention": attention} | card.host_memory(language, offload, streamed, optimizer, device)
 
 
 def run_steps(step: Callable[[], float], *, steps: int, untimed: int, tokens: int, on: torch.device) -> dict:
-    """Call `step`, which gives the loss, this often."""
-    free_memory(on)
+    """Call `step`, which returns the loss, `steps` times; → speed, memory and losses."""
+    card.free_memory(on)
     if on.type == "cuda":
         torch.cuda.reset_peak_memory_stats(on)
     losses, seconds = [], []
     for _ in range(steps):
         started = time.perf_counter()
         losses.append(step())
-        synchronize(on)
+        card.synchronize(on)
         seconds.append(time.perf_counter() - started)
     timed = seconds[min(untimed, steps - 1) :]
     return {
@@ -242,33 +274,19 @@ def run_steps(step: Callable[[], float], *, steps: int, untimed: int, tokens: in
         "first_step_seconds": round(seconds[0], 2),
         "steps": steps,
         "timed_steps": len(timed),
-        "peak_gib": round(torch.cuda.max_memory_allocated(on) / GIB, 3) if on.type == "cuda" else None,
-        "card_gib": card_gib(on),
+        "peak_gib": round(torch.cuda.max_memory_allocated(on) / card.GIB, 3) if on.type == "cuda" else None,
+        "card_gib": card.card_gib(on),
         "losses": [round(loss, 6) for loss in losses],
     }
 
 
-def random_ids(batch: int, length: int, vocabulary: int, device: torch.device) -> Tensor:
-    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
-
-
-def attempt(machine: Machine, measure: Callable[..., dict], *args, **settings) -> dict:
-    """What `measure` returns, or that it failed: a card too small for one measurement is no reason to lose the next."""
-    torch.compiler.reset()
-    free_memory(machine.device)  # what earlier measurements have left behind
-    try:
-        return measure(*args, **settings)
-    except torch.OutOfMemoryError:
-        return {"failed": "out of memory"}
-    except (RuntimeError, ValueError) as error:  # ValueError: settings that this device cannot have
-        return {"failed": str(error).strip().partition("\n")[0][:300]}
-
-
 def shared_model(row: Row, machine: Machine) -> Callable[..., dict]:
     """`train` for rows that can use one and the same model, which may take a minute to make."""
-    built = attempt(machine, lambda: {"model": random_model(row, machine)})
+    built = card.attempt(machine.device, lambda: {"model": random_model(row, machine)})
 
     def measure(row: Row, **settings) -> dict:
-        return built if "failed" in built else attempt(machine, train, *built["model"], row, machine, **settings)
+        if "failed" in built:
+            return built
+        return card.attempt(machine.device, train, *built["model"], row, machine, **settings)
 
     return measure

@@ -32,21 +32,13 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from checkpointing.export import write_weights
+from checkpointing.safetensors_file import specs_of
 from models.llama import LlamaConfig
 from modules.adapters.lora import ALL_LINEAR
 from modules.device import pick_dtype
 from modules.loss import IGNORE_INDEX
-from recipes.benchmarks.card import free_memory
-from recipes.benchmarks.measure import (
-    UNTIMED,
-    Machine,
-    Row,
-    attempt,
-    flops_per_token,
-    random_ids,
-    random_model,
-    run_steps,
-)
+from recipes.benchmarks.card import attempt, free_memory
+from recipes.benchmarks.measure import UNTIMED, Machine, Row, flops_per_token, random_batch, random_model, run_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 Trained = tuple[nn.Module, Callable[[Tensor], Tensor]]
@@ -84,11 +76,7 @@ def settings(peer: Peer, row: Row) -> dict:
     return {
         "peer": peer.name,
         "versions": {name: importlib.metadata.version(name) for name in peer.packages(row)},
-        "preset": row.preset,
-        "batch": row.batch,
-        "length": row.length,
-        "quantize": row.quantize,
-        "rank": row.rank,
+        **{name: getattr(row, name) for name in ("preset", "batch", "length", "quantize", "rank")},
         "gradient_checkpointing": True,
         "attention": "sdpa",
     }
@@ -99,21 +87,25 @@ def settings(peer: Peer, row: Row) -> dict:
 
 
 def with_peft(row: Row, machine: Machine) -> Trained:
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
+    config = transformers_config(row, machine)
     with machine.device:
-        model = AutoModelForCausalLM.from_config(
-            transformers_config(row, machine), dtype=machine.dtype, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=machine.dtype, attn_implementation="sdpa")
+    model = put_lora(model, model.model.layers, row, machine, target_modules=list(ALL_LINEAR), task_type="CAUSAL_LM")
+    return model, lambda ids: autocast_loss(model, machine, input_ids=ids, labels=ids)
+
+
+def put_lora(model: nn.Module, blocks: Iterable[nn.Module], row: Row, machine: Machine, **lora) -> nn.Module:
+    """peft's LoRA in a transformers model, whose blocks are quantised and checkpointed as the row says."""
+    from peft import LoraConfig, get_peft_model
+
     if row.quantize == "nf4":
-        quantize_blocks(model.model.layers, machine)
+        quantize_blocks(blocks, machine)
         model.is_loaded_in_4bit = True  # peft asks for it
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lora = LoraConfig(r=row.rank, lora_alpha=2 * row.rank, target_modules=list(ALL_LINEAR), task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora).train()
-    return model, autocast_loss(model, machine)
+    return get_peft_model(model, LoraConfig(r=row.rank, lora_alpha=2 * row.rank, **lora)).train()
 
 
 def with_liger(row: Row, machine: Machine) -> Trained:
@@ -137,21 +129,13 @@ def with_unsloth(row: Row, machine: Machine) -> Trained:
         PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **special).save_pretrained(folder)
         write_random_weights(Path(folder), row, machine)
         free_memory(machine.device)
-        model, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=row.length, dtype=machine.dtype, load_in_4bit=row.quantize == "nf4"
-        )
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=row.rank,
-        lora_alpha=2 * row.rank,
-        lora_dropout=0,
-        bias="none",
-        target_modules=list(ALL_LINEAR),
-        use_gradient_checkpointing="unsloth",
-        max_seq_length=row.length,
-    )
+        loading = dict(max_seq_length=row.length, dtype=machine.dtype, load_in_4bit=row.quantize == "nf4")
+        model, _ = FastLanguageModel.from_pretrained(folder, **loading)
+    lora = dict(r=row.rank, lora_alpha=2 * row.rank, lora_dropout=0, bias="none", target_modules=list(ALL_LINEAR))
+    lora |= dict(use_gradient_checkpointing="unsloth", max_seq_length=row.length)
+    model = FastLanguageModel.get_peft_model(model, **lora)
     FastLanguageModel.for_training(model)
-    return model, autocast_loss(model, machine)
+    return model, lambda ids: autocast_loss(model, machine, input_ids=ids, labels=ids)
 
 
 def with_torchtune(row: Row, machine: Machine) -> Trained:
@@ -200,8 +184,7 @@ def with_torchtune(row: Row, machine: Machine) -> Trained:
 def write_random_weights(folder: Path, row: Row, machine: Machine) -> None:
     model, _ = random_model(replace(row, quantize="none", rank=0), machine)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    specs = [(name, tuple(weight.shape), weight.dtype) for name, weight in weights.items()]
-    write_weights(folder, specs, weights.get)
+    write_weights(folder, specs_of(weights), weights.get)
 
 
 def transformers_config(row: Row, machine: Machine, **settings):
@@ -210,12 +193,9 @@ def transformers_config(row: Row, machine: Machine, **settings):
     return LlamaConfig(**machine.config(row.preset), use_cache=False, **settings)
 
 
-def autocast_loss(model: nn.Module, machine: Machine) -> Callable[[Tensor], Tensor]:
-    def loss_of_ids(ids: Tensor) -> Tensor:
-        with torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
-            return model(input_ids=ids, labels=ids).loss
-
-    return loss_of_ids
+def autocast_loss(model: nn.Module, machine: Machine, **inputs: Tensor) -> Tensor:
+    with torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
+        return model(**inputs).loss
 
 
 def quantize_blocks(blocks: Iterable[nn.Module], machine: Machine) -> None:
@@ -226,14 +206,11 @@ def quantize_blocks(blocks: Iterable[nn.Module], machine: Machine) -> None:
         for name, dense in list(layer.named_modules()):
             if type(dense) is not nn.Linear:
                 continue
-            kind = dict(bias=False, compute_dtype=machine.dtype, compress_statistics=True, quant_type="nf4")
-            linear = bnb.nn.Linear4bit(dense.in_features, dense.out_features, **kind, device="meta")
-            weight = bnb.nn.Params4bit(
-                dense.weight.detach(), requires_grad=False, compress_statistics=True, quant_type="nf4"
-            )
+            kind, sizes = dict(compress_statistics=True, quant_type="nf4"), (dense.in_features, dense.out_features)
+            linear = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=machine.dtype, **kind, device="meta")
+            weight = bnb.nn.Params4bit(dense.weight.detach(), requires_grad=False, **kind)
             linear.weight = weight.to(machine.device)  # quantises
-            parent, _, leaf = name.rpartition(".")
-            setattr(layer.get_submodule(parent), leaf, linear)
+            layer.set_submodule(name, linear)
 
 
 PEERS = {
@@ -274,31 +251,36 @@ def train_all(peer: Peer, rows: list[Row], machine: Machine, *, steps: int) -> I
 
 
 def tried(machine: Machine, measure: Callable[..., dict], *args, **settings) -> dict:
-    """What `attempt` does, whatever goes wrong: another tool's errors are of any kind, and its next row may do."""
+    """`attempt` for errors of any kind: another tool's next row may work."""
     try:
-        return attempt(machine, measure, *args, **settings)
+        return attempt(machine.device, measure, *args, **settings)
     except Exception as error:
         traceback.print_exc()
         return {"failed": f"{type(error).__name__}: {error}".partition("\n")[0][:300]}
 
 
 def train(model: nn.Module, loss_of_ids: Callable[[Tensor], Tensor], row: Row, machine: Machine, *, steps: int) -> dict:
+    config = LlamaConfig.from_dict(machine.config(row.preset))
+    ids = random_batch(row, row.length, config.vocab_size).input_ids.to(machine.device)
+    figures = train_on(model, lambda: loss_of_ids(ids), machine, steps=steps, tokens=row.batch * row.length)
+    return figures | {"flops_per_token": flops_per_token(row, config)}
+
+
+def train_on(model: nn.Module, loss_of: Callable[[], Tensor], machine: Machine, *, steps: int, tokens: int) -> dict:
+    """Train on one batch of so many tokens; `loss_of` computes its loss."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0, fused=True)
-    config = LlamaConfig.from_dict(machine.config(row.preset))
-    ids = random_ids(row.batch, row.length, config.vocab_size, machine.device)
     model.zero_grad()  # an earlier run may have ended in the middle of a step
 
     def step() -> float:
-        loss = loss_of_ids(ids)
+        loss = loss_of()
         loss.backward()
         clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
 
-    figures = run_steps(step, steps=steps, untimed=UNTIMED, tokens=row.batch * row.length, on=machine.device)
-    return figures | {"flops_per_token": flops_per_token(row, config)}
+    return run_steps(step, steps=steps, untimed=UNTIMED, tokens=tokens, on=machine.device)
 
 
 def main(request: dict) -> None:

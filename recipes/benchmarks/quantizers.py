@@ -23,7 +23,8 @@ from checkpointing.pretrained import WeightFiles, find_checkpoint, map_weights, 
 from checkpointing.run_record import describe_run
 from models import build_model
 from modules.memory.plan import storage_bytes
-from modules.quantization.quantize import KINDS, linear_kind
+from modules.quantization.quantize import KINDS, linear_kind, stored_as
+from recipes.benchmarks.figures import markdown
 
 
 @dataclass
@@ -51,11 +52,12 @@ def main(cfg: Config) -> dict:
     record = describe_run({"model": Path(cfg.model).name, "size": cfg.size, "device": cfg.device}, Path(__file__))
     kept = {key: record[key] for key in ("started", "config", "versions", "hardware")}
     result = {"command": "python recipes/benchmarks/quantizers.py", **kept, "kinds": rows}
-    print("| `--quantize` | bits per weight | error, normal weights | " + f"error, {Path(cfg.model).name} |")
-    print("|---|---|---|---|")
+    head = ["`--quantize`", "bits per weight", "error, normal weights", f"error, {Path(cfg.model).name}"]
+    table = []
     for name, row in rows.items():
-        errors = " | ".join(f"{100 * row[on]['error']:.2f} %" for on in ("normal", "checkpoint"))
-        print(f"| {name} | {row['normal']['bits']:.2f} | {errors} |")
+        errors = [f"{100 * row[on]['error']:.2f} %" for on in ("normal", "checkpoint")]
+        table.append([name, f"{row['normal']['bits']:.2f}", *errors])
+    print(markdown(head, table))
     if cfg.output:
         cfg.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
@@ -63,16 +65,13 @@ def main(cfg: Config) -> dict:
 
 def measure(weights: Iterable[Tensor], name: str, device: str) -> dict[str, float]:
     """Bits per weight and relative error over all of these matrices."""
-    stored = count = wrong = whole = 0
+    stored = count = wrong = total = 0
     for weight in weights:
-        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        dense.weight = nn.Parameter(weight.to(device), requires_grad=False)
-        layer = linear_kind(name).from_linear(dense)
-        W = dense.weight.double()
+        layer, W = stored_as(linear_kind(name), weight.to(device)), weight.to(device).double()
         stored, count = stored + 8 * storage_bytes(layer.weight), count + weight.numel()
         wrong = wrong + (layer.dense_weight().double() - W).square().sum().item()
-        whole = whole + W.square().sum().item()
-    return {"bits": stored / count, "error": (wrong / whole) ** 0.5}
+        total = total + W.square().sum().item()
+    return {"bits": stored / count, "error": (wrong / total) ** 0.5}
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from shutil import copyfile
+from shutil import copyfile, rmtree
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -24,6 +26,7 @@ import torch
 import tyro
 
 from checkpointing.export import write_companions, write_weights
+from checkpointing.metrics import MetricsFile
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from models import build_model
 from models.llama import PRESETS
@@ -31,22 +34,17 @@ from models.llama import PRESETS
 
 @dataclass
 class Config:
-    tokenizer: Path | None = None
+    tokenizer: Path
     """Folder with Llama 3's tokenizer.model."""
-    data: Path | None = None
+    data: Path
     """GSM8K's train.jsonl."""
-    output: Path | None = None
+    output: Path
     """JSON file to write."""
     scratch: Path | None = None
     """Folder for checkpoints and runs (30 GB); default: a temporary one."""
-    load_only: Path | None = None
-    """(internal) Load this checkpoint to NF4 and print what it took."""
 
 
 def main(cfg: Config) -> None:
-    if cfg.load_only:
-        print(json.dumps(measure_loading(cfg.load_only)))
-        return
     with tempfile.TemporaryDirectory(dir=cfg.scratch) as scratch:
         results = measure(cfg, Path(scratch))
     cfg.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -63,13 +61,9 @@ def measure(cfg: Config, scratch: Path) -> dict:
     }
     for preset in ("llama-3.2-1b", "llama-3.1-8b"):
         results[f"write {preset}"] = write_checkpoint(scratch / preset, preset, cfg.tokenizer)
-    results["load llama-3.1-8b to NF4"] = load = json.loads(
-        subprocess.run(
-            [sys.executable, __file__, "--load-only", str(scratch / "llama-3.1-8b")],
-            check=True,
-            stdout=subprocess.PIPE,
-        ).stdout
-    )
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh_process:
+        load = fresh_process.submit(measure_loading, scratch / "llama-3.1-8b").result()
+    results["load llama-3.1-8b to NF4"] = load
     print(f"load 8B to NF4: {load}", flush=True)
 
     copyfile(cfg.data, scratch / "train.jsonl")
@@ -139,30 +133,36 @@ def measure_loading(folder: Path) -> dict:
 
 def train(recipe: str, scratch: Path, preset: str, flags: list) -> dict:
     """Run a recipe; what its metrics say from step 5 on."""
-    output = Path(tempfile.mkdtemp(dir=scratch)) / "run"
-    command = ["recipes/" + recipe + ".py", "--model", scratch / preset, "--output", output, *flags, "--save-every", 0]
-    command = [str(part) for part in command]
+    output = scratch / "run"
+    flags = ["--model", scratch / preset, "--output", output, *flags, "--save-every", 0]
+    command = [f"recipes/{recipe}.py", *(str(flag).replace(str(scratch), "SCRATCH") for flag in flags)]
     started = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    seconds = time.perf_counter() - started
-    if done.returncode:
-        print(done.stderr[-3000:], flush=True)
-        return {"command": command, "error": done.stderr[-3000:]}
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steady = rows[4:]
+    try:
+        rows, _ = run_recipe(recipe, output, flags)
+    except RuntimeError as error:
+        print(error, flush=True)
+        return {"command": command, "error": str(error)}
+    seconds, steady = time.perf_counter() - started, rows[4:]
     result = {
-        "command": [part.replace(str(scratch), "SCRATCH") for part in command],
+        "command": command,
         "losses": [round(row["loss"], 5) for row in rows],
         "tokens_per_second": round(sum(r["tokens"] for r in steady) / sum(r["seconds"] for r in steady)),
         "peak_memory_gib": round(rows[-1]["peak_memory_gib"], 2),
         "first_step_seconds": round(rows[0]["seconds"], 1),
         "whole_run_seconds": round(seconds, 1),
     }
-    subprocess.run(["rm", "-rf", str(output)], check=True)
-    shown = f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}, {result['tokens_per_second']:,} tok/s"
-    print(f"{recipe} {preset} {' '.join(map(str, flags[6:]))}: {shown}, {result['peak_memory_gib']} GiB, ", end="")
-    print(f"first step {result['first_step_seconds']} s, whole run {seconds:.0f} s", flush=True)
+    rmtree(output)
+    print(json.dumps(result), flush=True)
     return result
+
+
+def run_recipe(recipe: str, output: Path, flags: list) -> tuple[list[dict], str]:
+    """Run a recipe in a process of its own; → the rows of its metrics, and what it said."""
+    command = [sys.executable, ROOT / "recipes" / f"{recipe}.py", *map(str, flags)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return MetricsFile(output / "metrics.jsonl").rows(), done.stderr
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 
 from checkpointing.atomic import atomic_write_text
-from checkpointing.loss_plot import BOTTOM, EVAL, HEIGHT, INK, LEFT, QUIET, RIGHT, TOP, TRAIN, WIDTH, text, ticks
+from checkpointing.loss_plot import BOTTOM, HEIGHT, LEFT, OTHERS, QUIET, RIGHT, TOP, TRAIN, WIDTH, svg, text
 from recipes.benchmarks.card import GIB, SPARE_BYTES, fit_line
+from recipes.benchmarks.figures import Panel, linear, markdown
 from recipes.benchmarks.measure import Row
 
 
@@ -20,17 +21,14 @@ class Results:
         self.path = path
         self.data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": machine}
         if self.data["machine"] != machine:
-            raise ValueError(
-                f"{path} was measured on {self.data['machine']}, this is {machine}: choose another --output"
-            )
+            raise ValueError(f"{path} is of {self.data['machine']}, this is {machine}: choose another --output")
         self.data.setdefault("runs", []).append({"date": time.strftime("%Y-%m-%d %H:%M"), "command": command})
         self.save()
 
     def add(self, part: str, settings: dict, figures: dict) -> None:
         rows = self.data.setdefault(part, [])
-        rows[:] = [row for row in rows if row["settings"] != settings] + [
-            {"settings": settings, "date": time.strftime("%Y-%m-%d")} | figures
-        ]
+        new = {"settings": settings, "date": time.strftime("%Y-%m-%d")} | figures
+        rows[:] = [row for row in rows if row["settings"] != settings] + [new]
         self.save()
 
     def put(self, part: str, figures: dict) -> None:
@@ -78,35 +76,56 @@ def longest_rows(data: dict, settings: dict) -> list[dict]:
 # Tables
 
 
+def in_short(figures: dict) -> str:
+    """One row's figures, for the terminal."""
+    if "failed" in figures:
+        return figures["failed"]
+    words = [f"{figures['tokens_per_second']:,.0f} tokens/s"]
+    for name in ("peak", "card", "host"):
+        if gib := figures.get(f"{name}_gib"):
+            words.append(f"{name} {gib} GiB")
+    return ", ".join([*words, f"first step {figures['first_step_seconds']} s"])
+
+
+def report(data: dict, path: Path) -> None:
+    """Print the tables of this file and draw memory.svg next to it."""
+    print("\n" + tables(data))
+    picture = path.with_name("memory.svg")
+    if draw_memory(data, picture):
+        print(f"\n![memory against sequence length]({picture.name})")
+
+
 def tables(data: dict) -> str:
     """All that was measured, as markdown."""
     machine = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
-    makers = {"ceilings": _ceilings, "speed": _speed, "rungs": _rungs, "longest_fit": _longest}
+    makers = {"ceilings": _ceilings, "speed": _speed, "rungs": _modes, "longest_fit": _longest}
     makers |= {"small": _small, "full": _full, "vlm": _vlm}
     parts = [make(data) for part, make in makers.items() if part in data or (part == "speed" and "peers" in data)]
     return "\n\n".join([f"{machine}; {data['runs'][-1]['date']}", *parts])
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _number(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
+def _memory(row: dict, digits: int) -> list[str]:
+    return [_number(row.get(name), digits) for name in ("peak_gib", "card_gib", "host_gib")]
+
+
+def _tokens_per_second(row: dict) -> str:
+    return row.get("failed") or _number(row["tokens_per_second"])
+
+
 def _ceilings(data: dict) -> str:
     found = dict(data["ceilings"])
-    found |= {
-        f"attention {name.replace('_', ' ')}, TFLOP/s": v for name, v in found.pop("attention_tflops", {}).items()
-    }
-    flat = {name: value for name, value in found.items() if not isinstance(value, dict)}
-    rows = [
-        [name.replace("_per_s", "/s").replace("_", " "), v if isinstance(v, str) else _number(v, 2)]
-        for name, v in flat.items()
-    ]
-    return _table(["ceiling", ""], rows)
+    for name, value in found.pop("attention_tflops", {}).items():
+        found[f"attention {name}, TFLOP/s"] = value
+    rows = []
+    for name, value in found.items():
+        if not isinstance(value, dict):
+            shown = value if isinstance(value, str) else _number(value, 2)
+            rows.append([name.replace("_per_s", "/s").replace("_", " "), shown])
+    return markdown(["ceiling", ""], rows)
 
 
 def _speed(data: dict) -> str:
@@ -128,26 +147,18 @@ def _speed(data: dict) -> str:
             columns += [described.column] if described.column not in columns else []
             cells.setdefault(way, {})[described.column] = cell
     rows = [[way, *(found.get(column, "") for column in columns)] for way, found in cells.items()]
-    return _table(["tokens/s / peak GiB (of the ceiling)", *columns], rows)
+    return markdown(["tokens/s / peak GiB (of the ceiling)", *columns], rows)
 
 
-def _rungs(data: dict) -> str:
+def _modes(data: dict) -> str:
     rows = []
     for row in data["rungs"]:
         described = Row(**row["settings"])
-        streamed = ", weights streamed" if described.weights == "stream" else ""
-        deviation = row.get("max_relative_deviation")
-        losses = row.get("losses")
-        rows.append(
-            [
-                described.way + streamed,
-                row.get("failed") or f"{losses[0]:.4f} → {losses[-1]:.4f}",
-                "–" if deviation is None else f"{deviation:.1e}",
-            ]
-        )
-    return _table(
-        [f"{Row(**data['rungs'][0]['settings']).column}, 20 steps", "loss", "largest relative deviation"], rows
-    )
+        way = described.way + (", weights streamed" if described.weights == "stream" else "")
+        deviation, losses = row.get("max_relative_deviation"), row.get("losses")
+        loss = row.get("failed") or f"{losses[0]:.4f} → {losses[-1]:.4f}"
+        rows.append([way, loss, "–" if deviation is None else f"{deviation:.1e}"])
+    return markdown([f"{described.column}, 20 steps", "loss", "largest relative deviation"], rows)
 
 
 def _longest(data: dict) -> str:
@@ -159,17 +170,16 @@ def _longest(data: dict) -> str:
     for cap, length in fit["longest"].items():
         row = confirmed.get(cap, {})
         tried = f"{row['settings']['length']:,}: {row.get('failed') or 'one step'}" if row else ""
-        figures = (("card_gib", 2), ("first_step_seconds", 0), ("host_gib", 1))
-        rows.append(
-            [f"{cap} GiB", _number(length), tried, *(_number(row[n], d) if n in row else "" for n, d in figures)]
-        )
+        digits = {"card_gib": 2, "first_step_seconds": 0, "host_gib": 1}
+        figures = [_number(row[name], n) if name in row else "" for name, n in digits.items()]
+        rows.append([f"{cap} GiB", _number(length), tried, *figures])
     line = f"{_number(fit['fixed_gib'], 2)} GiB + {_number(fit['kb_per_token'], 1)} KB per token"
     head = ["card", f"longest sequence by the line {line}", "confirmed", "card GiB", "seconds", "host GiB"]
-    return _table(head, rows)
+    return markdown(head, rows)
 
 
 def _small(data: dict) -> str:
-    """Streamed weights under a cap beside resident ones without: tokens/s, and their ratio."""
+    """Streamed weights under a cap, resident ones without: tokens/s, and their ratio."""
     rows, resident = [], {}
     for row in data["small"]:
         if row["settings"]["weights"] == "resident" and "failed" not in row:
@@ -177,41 +187,30 @@ def _small(data: dict) -> str:
     for row in data["small"]:
         described = Row(**row["settings"])
         column, speed = described.column, row.get("tokens_per_second")
-        ratio = speed / resident[column] if speed and column in resident else None
-        rows.append(
-            [
-                column,
-                described.weights,
-                f"{described.cap_gib:g} GiB" if described.cap_gib else "",
-                row.get("failed") or _number(speed),
-                "" if ratio is None or described.weights == "resident" else f"{ratio:.0%}",
-                _number(row.get("card_gib"), 2),
-                _number(row.get("host_gib"), 1),
-            ]
-        )
-    return _table(["model", "weights", "cap", "tokens/s", "of resident", "card GiB", "host GiB"], rows)
+        compared = speed and column in resident and described.weights != "resident"
+        ratio = f"{speed / resident[column]:.0%}" if compared else ""
+        cap = f"{described.cap_gib:g} GiB" if described.cap_gib else ""
+        memory = [_number(row.get("card_gib"), 2), _number(row.get("host_gib"), 1)]
+        rows.append([column, described.weights, cap, _tokens_per_second(row), ratio, *memory])
+    return markdown(["model", "weights", "cap", "tokens/s", "of resident", "card GiB", "host GiB"], rows)
 
 
 def _full(data: dict) -> str:
     rows = []
     for row in data["full"]:
         described = Row(**row["settings"])
-        figures = [
-            _number(row.get(name), digits) for name, digits in (("peak_gib", 1), ("card_gib", 1), ("host_gib", 1))
-        ]
-        speed = row.get("failed") or _number(row["tokens_per_second"])
-        rows.append([described.column, described.optimizer, described.way, speed, *figures])
-    return _table(["model", "optimizer", "activations", "tokens/s", "peak GiB", "card GiB", "host GiB"], rows)
+        speed = _tokens_per_second(row)
+        rows.append([described.column, described.optimizer, described.way, speed, *_memory(row, 1)])
+    return markdown(["model", "optimizer", "activations", "tokens/s", "peak GiB", "card GiB", "host GiB"], rows)
 
 
 def _vlm(data: dict) -> str:
     rows = []
     for row in data["vlm"]:
-        speed = row.get("failed") or _number(row["tokens_per_second"])
-        figures = [_number(row.get(name), 2) for name in ("peak_gib", "card_gib", "host_gib")]
         idle = f"{row['idle_share']:.1%}" if "idle_share" in row else ""
-        rows.append([row["settings"]["name"], speed, *figures, idle])
-    return _table(["LLaVA-1.5, an image in each row", "tokens/s", "peak GiB", "card GiB", "host GiB", "GPU idle"], rows)
+        rows.append([row["settings"]["name"], _tokens_per_second(row), *_memory(row, 2), idle])
+    head = ["LLaVA-1.5, an image in each row", "tokens/s", "peak GiB", "card GiB", "host GiB", "GPU idle"]
+    return markdown(head, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,49 +229,29 @@ def draw_memory(data: dict, path: Path) -> bool:
     caps = {float(cap): length for cap, length in fit["longest"].items()}
     fixed, slope = fit["fixed_gib"], fit["kb_per_token"] * 1000 / GIB
     lengths = [0, *(x for x, _ in free + capped), *caps.values()]
-    x_ticks, y_ticks = ticks(lengths, 8), ticks([0, *caps, *(y for _, y in free + capped)], 6)
+    used = [0, *caps, *(y for _, y in free + capped)]
+    panel = Panel(LEFT, RIGHT, TOP, BOTTOM, linear(lengths, 8), linear(used))
 
-    def x_of(tokens: float) -> float:
-        return LEFT + tokens / x_ticks[-1] * (RIGHT - LEFT)
-
-    def y_of(gib: float) -> float:
-        return BOTTOM - gib / y_ticks[-1] * (BOTTOM - TOP)
-
-    described = Row(**fit["settings"])
-    title = (
-        f"{described.preset.rpartition('-')[2].upper()} {described.method}, rank {described.rank}: memory of one step"
-    )
+    parts = panel.grid("tokens in the sequence", HEIGHT - 12)
     line = f"{fixed:.2f} GiB + {fit['kb_per_token']:.1f} KB per token"
-    quiet = f'fill="{QUIET}" text-anchor='
-    picture = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="13">',
-        f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="10" fill="#fff" stroke="#d9dee6"/>',
-        text(LEFT, 36, title, f'fill="{INK}" font-size="17" font-weight="600"'),
-        text(RIGHT, 36, line, f'fill="{TRAIN}" text-anchor="end"'),
-    ]
-    for y in y_ticks:
-        picture.append(f'<path d="M{LEFT} {y_of(y):.1f}H{RIGHT}" stroke="#e8ebf0"/>')
-        picture.append(text(LEFT - 10, y_of(y) + 4.5, f"{y:g}", f'{quiet}"end"'))
-    for x in x_ticks:
-        picture.append(f'<path d="M{x_of(x):.1f} {BOTTOM}v5" stroke="#9aa4b2"/>')
-        picture.append(text(x_of(x), BOTTOM + 20, f"{x:,.0f}", f'{quiet}"middle"'))
+    parts.append(text(RIGHT, 36, line, f'fill="{TRAIN}" text-anchor="end"'))
     for cap, length in caps.items():
-        picture.append(f'<path d="M{LEFT} {y_of(cap):.1f}H{RIGHT}" stroke="{EVAL}" stroke-dasharray="5 4"/>')
-        words = f"{cap:g} GiB: {length:,} tokens"
-        on_the_right = length < x_ticks[-1] / 2  # away from the line
-        where, anchor = (RIGHT - 8, "end") if on_the_right else (LEFT + 8, "start")
-        picture.append(text(where, y_of(cap) - 5, words, f'fill="{EVAL}" text-anchor="{anchor}"'))
+        y = panel.y(cap)
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="{OTHERS[0]}" stroke-dasharray="5 4"/>')
+        on_the_right = length < panel.x_axis.ticks[-1] / 2  # away from the line
+        x, anchor = (RIGHT - 8, "end") if on_the_right else (LEFT + 8, "start")
+        parts.append(text(x, y - 5, f"{cap:g} GiB: {length:,} tokens", f'fill="{OTHERS[0]}" text-anchor="{anchor}"'))
     end = max(lengths)
-    picture.append(f'<path d="M{LEFT} {BOTTOM}H{RIGHT}" stroke="#9aa4b2"/>')
-    ends = f"M{x_of(0):.1f} {y_of(fixed):.1f}L{x_of(end):.1f} {y_of(fixed + slope * end):.1f}"
-    picture.append(f'<path d="{ends}" stroke="{TRAIN}" stroke-width="2"/>')
+    ends = f"M{panel.x(0):.1f} {panel.y(fixed):.1f}L{panel.x(end):.1f} {panel.y(fixed + slope * end):.1f}"
+    parts.append(f'<path d="{ends}" stroke="{TRAIN}" stroke-width="2"/>')
     for points, fill in ((free, TRAIN), (capped, "#fff")):
         style = f'r="4.5" fill="{fill}" stroke="{TRAIN}" stroke-width="2"'
-        picture += [f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" {style}/>' for x, y in points]
+        parts += [f'<circle cx="{panel.x(x):.1f}" cy="{panel.y(y):.1f}" {style}/>' for x, y in points]
     middle = (TOP + BOTTOM) / 2
-    picture.append(text((LEFT + RIGHT) / 2, HEIGHT - 12, "tokens in the sequence", f'{quiet}"middle"'))
-    turned = f'transform="rotate(-90 20 {middle})" {quiet}"middle"'
-    picture.append(text(20, middle, "GiB that the card shows as used", turned))
-    atomic_write_text(path, "\n".join([*picture, "</svg>", ""]))
+    turned = f'transform="rotate(-90 20 {middle})" fill="{QUIET}" text-anchor="middle"'
+    parts.append(text(20, middle, "GiB that the card shows as used", turned))
+    described = Row(**fit["settings"])
+    preset = described.preset.rpartition("-")[2].upper()
+    title = f"{preset} {described.method}, rank {described.rank}: memory of one step"
+    atomic_write_text(path, svg(WIDTH, HEIGHT, 13, LEFT, title, parts))
     return True

@@ -10,29 +10,32 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
 from data.batches import Batch, Batches
+from data.dataset import TokenizedDataset
+from data.dataset_report import DatasetReport
 from data.images.files import ImageFiles
 from data.images.load import load_image_processor
 from models import build_model
+from models.llava import PRESETS
 from modules.adapters.lora import ALL_LINEAR
-from modules.attention import choose_attention, use_attention
-from modules.fused.blocks import why_not
-from modules.loss import IGNORE_INDEX, linear_cross_entropy
-from modules.memory.activations import keep_activations
+from modules.attention import padded_layout, use_attention
+from modules.image_tokens import place_images
+from modules.loss import IGNORE_INDEX
 from modules.memory.weight_streaming import StreamedWeights
-from modules.optim import build_optimizer
 from recipes.benchmarks import measure, peers
-from recipes.benchmarks.card import GIB, SPARE_BYTES, fit_line, host_memory, lift_limit, limit_memory
-from recipes.benchmarks.measure import UNTIMED, WARM_UP_LENGTH, Machine, Row
-from recipes.benchmarks.vlm_model import PRESET, model_config, random_batch, random_model, random_rows
+from recipes.benchmarks.card import GIB, SPARE_BYTES, fit_line
+from recipes.benchmarks.measure import TINY, Machine, Row, activation_modes
 
+PRESET = "llava-1.5-7b"
+TINY_VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+TINY_VISION |= dict(image_size=28, patch_size=14)
 BATCH, LENGTH, TARGETS = 4, 1024, 256
 LENGTHS = (32768, 65536)  # for the straight line through memory
 LONGEST_CAP_GIB = 24.0
@@ -44,24 +47,13 @@ TINY_LENGTHS = {LENGTH: 32, TARGETS: 8, LENGTHS[0]: 64, LENGTHS[1]: 128}
 Measurement = tuple[dict, Callable[[], dict]]
 
 
-def measurements(
-    machine: Machine,
-    *,
-    steps: int,
-    budgets: tuple[float, ...] = (),
-    host_gib: float = 0.0,
-    embedding: str = "resident",
-    head: bool = False,
-) -> Iterator[Measurement]:
-    """What there is to measure, each as its settings, a name among them, and a function that does it."""
-    lora = Row(PRESET, BATCH, LENGTH, embedding=embedding, compile=machine.on_cuda)
-    qlora = replace(lora, quantize="nf4", quantize_head=head)
+def measurements(flags, machine: Machine) -> Iterator[Measurement]:
+    """Each measurement: its settings, which include a name, and a function that does it; by benchmark.py's flags."""
+    steps = flags.steps
+    lora = Row(PRESET, BATCH, LENGTH, embedding=flags.embedding, compile=machine.on_cuda)
+    qlora = replace(lora, quantize="nf4", quantize_head=flags.quantize_head)
     for row in (lora, qlora):
-        ways = [replace(row, activations=rung) for rung in ("fast", "lean", "offload")]
-        ways += [replace(row, activations="offload", activations_gib=gib) for gib in budgets]
-        if host_gib:
-            ways += [replace(way, activations_host_gib=host_gib) for way in ways if way.activations == "offload"]
-        for way in ways:
+        for way in activation_modes(row, flags.activations_gib, flags.activations_host_gib):
             yield settings("speed", way), lambda way=way: build_and_train(way, machine, steps=steps)
     for row in (lora, qlora):
         if missing := peers.missing(PEER, row):
@@ -108,11 +100,54 @@ def longest(row: Row, machine: Machine) -> Iterator[Measurement]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A model, and rows with an image
+
+
+def model_config(machine: Machine) -> dict:
+    """The preset's config.json."""
+    config = PRESETS[PRESET] | {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    if machine.tiny:
+        text = config["text_config"] | TINY | {"num_key_value_heads": TINY["num_attention_heads"]}
+        vision = config["vision_config"] | TINY_VISION
+        config |= {"text_config": text, "vision_config": vision, "image_token_index": TINY["vocab_size"] - 1}
+    return config
+
+
+def random_batch(model: nn.Module, row: Row, length: int, targets: int | None) -> Batch:
+    """Rows of a token, one image and text, on the CPU; the last `targets` tokens of each are trained, or all text."""
+    dataset = random_rows(model, row.batch, length, targets)
+    rows = [dataset[i] for i in range(row.batch)]
+    input_ids, wanted = (torch.stack(columns).long() for columns in zip(*rows, strict=True))
+    index = (wanted.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    vision = model.config.vision
+    shape = (row.batch, vision.num_channels, vision.image_size, vision.image_size)
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    sizes = dict(image_token=model.config.image_token, tokens_per_image=model.config.tokens_per_image)
+    images = place_images(input_ids, pixels, **sizes)
+    return Batch(input_ids, padded_layout(length), index, wanted.flatten()[index], images)
+
+
+def random_rows(model: nn.Module, count: int, length: int, targets: int | None, images=None) -> TokenizedDataset:
+    config = model.config
+    image = slice(1, 1 + config.tokens_per_image)
+    if length <= image.stop:
+        raise ValueError(f"{length} tokens are too few for an image of {config.tokens_per_image}")
+    ids = torch.randint(config.image_token, (count, length), generator=torch.Generator().manual_seed(1))
+    ids[:, image] = config.image_token
+    wanted = torch.full_like(ids, IGNORE_INDEX)
+    first = length - 1 - targets if targets else image.stop
+    wanted[:, first:-1] = ids[:, first + 1 :]
+    offsets = torch.arange(count + 1) * length
+    report = DatasetReport("random rows", length)
+    return TokenizedDataset(ids.flatten().int(), wanted.flatten().int(), offsets, report, "", images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A run
 
 
 def build_and_train(row: Row, machine: Machine, **settings) -> dict:
-    return train(*random_model(row, machine), row, machine, **settings)
+    return train(*measure.random_model(row, machine, config=model_config(machine)), row, machine, **settings)
 
 
 def train(
@@ -121,62 +156,20 @@ def train(
     row: Row,
     machine: Machine,
     *,
-    steps: int,
     targets: int | None = TARGETS,
-    warm_up: bool = False,
-    loaded: Iterator[Batch] | None = None,
+    **settings,
 ) -> dict:
-    """Train for some steps on one batch, or on those that `loaded` gives, set up as recipes/vlm_finetune.py does."""
-    device, dtype = machine.device, machine.dtype
+    """Train for some steps, set up as recipes/vlm_finetune.py does."""
     length, targets = (TINY_LENGTHS.get(n, n) if machine.tiny else n for n in (row.length, targets))
-    language = model.language_model
-    model.zero_grad()
-    attention = choose_attention(language.config, device, dtype, batch=row.batch, length=length)
-    if reason := why_not(language):
-        raise ValueError(f"no hand-written blocks: {reason}")
-    measures = dict(budget=row.activations_gib * GIB, host_budget=row.activations_host_gib * GIB, fused=True)
-    bind = streamed.use if streamed else None
-    offload = keep_activations(language, row.activations, **measures, compile=row.compile, bind=bind)
-    keep_activations(model.vision_tower, "none", compile=row.compile)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = build_optimizer(row.optimizer, trainable, lr=1e-4, weight_decay=0.0)
-
-    def step(batch: Batch) -> float:
-        hidden = model(batch.input_ids, batch.layout, images=batch.images)
-        loss = linear_cross_entropy(hidden, model.lm_head, batch.targets, index=batch.target_index)
-        loss = loss / batch.target_tokens
-        del hidden
-        loss.backward()
-        clip_grad_norm_(trainable.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    if warm_up or row.cap_gib:
-        short = length if machine.tiny else min(length, WARM_UP_LENGTH)
-        step(random_batch(model, row, short, targets).to(device, dtype))
-    if row.cap_gib:
-        limit_memory(row.cap_gib, device)
-    ready = random_batch(model, row, length, targets).to(device, dtype)
-    try:
-        figures = measure.run_steps(
-            lambda: step(next(loaded).to(device, dtype) if loaded else ready),
-            steps=steps,
-            untimed=UNTIMED,
-            tokens=row.batch * length,
-            on=device,
-        )
-    finally:
-        lift_limit(device)
-    if row.cap_gib:
-        figures["within_cap"] = None if figures["card_gib"] is None else figures["card_gib"] <= row.cap_gib
-    return figures | {"attention": attention} | host_memory(language, offload, streamed, optimizer, device)
+    row = replace(row, length=length)
+    settings |= {"make_batch": lambda length: random_batch(model, row, length, targets)}
+    return measure.train(model, streamed, row, machine, **settings)
 
 
 def measure_loading(row: Row, machine: Machine, steps: int) -> dict:
     """Tokens per second with files that are decoded meanwhile, and how much of its time the GPU waits for them."""
     steps = steps if machine.tiny else LOADING_STEPS
-    model, _ = random_model(row, machine)
+    model, _ = measure.random_model(row, machine, config=model_config(machine))
     ready = train(model, None, row, machine, steps=steps)
     with tempfile.TemporaryDirectory() as folder:
         batches = jpeg_batches(model, row, machine, Path(folder))
@@ -195,7 +188,8 @@ def jpeg_batches(model: nn.Module, row: Row, machine: Machine, folder: Path) -> 
     for i in range(files):
         generator = torch.Generator().manual_seed(i)
         coarse = torch.randint(256, (size[1] // 16, size[0] // 16, 3), generator=generator, dtype=torch.uint8)
-        soft = Image.fromarray(coarse.numpy()).resize(size, Image.Resampling.BICUBIC)
+        soft = Image.frombytes("RGB", (size[0] // 16, size[1] // 16), bytes(coarse.flatten().tolist()))
+        soft = soft.resize(size, Image.Resampling.BICUBIC)
         grain = Image.merge("RGB", [Image.effect_noise(size, 24)] * 3)
         Image.blend(soft, grain, 0.2).save(folder / f"{i}.jpg", quality=90)
     side = model.config.vision.image_size
@@ -215,33 +209,21 @@ def jpeg_batches(model: nn.Module, row: Row, machine: Machine, folder: Path) -> 
 
 def train_peer(row: Row, machine: Machine, *, steps: int) -> dict:
     """The same rows and the same clock, set up as recipes/benchmarks/peers.py sets up a Llama."""
-    device = machine.device
     model = peer_model(row, machine)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0, fused=True)
     length, targets = (TINY_LENGTHS[n] if machine.tiny else n for n in (row.length, TARGETS))
     batch = random_batch(build_model(model_config(machine)), row, length, targets)
     labels = batch.input_ids.clone()
     labels[:, : length - targets] = IGNORE_INDEX
-    given = {"input_ids": batch.input_ids, "labels": labels, "pixel_values": batch.pixel_values.to(machine.dtype)}
-    given = {name: tensor.to(device) for name, tensor in given.items()}
-
-    def step() -> float:
-        with torch.autocast(device.type, machine.dtype, enabled=machine.dtype != torch.float32):
-            loss = model(**given).loss
-        loss.backward()
-        clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
+    pixel_values = batch.images.pixel_values.to(machine.dtype)
+    given = {"input_ids": batch.input_ids, "labels": labels, "pixel_values": pixel_values}
+    given = {name: tensor.to(machine.device) for name, tensor in given.items()}
     use_attention("default")  # PyTorch's own choice, whatever the rows before measured as best
-    return measure.run_steps(step, steps=steps, untimed=UNTIMED, tokens=row.batch * length, on=device)
+    loss = partial(peers.autocast_loss, model, machine, **given)
+    return peers.train_on(model, loss, machine, steps=steps, tokens=row.batch * length)
 
 
 def peer_model(row: Row, machine: Machine) -> nn.Module:
     """Random weights made on the device, no files."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     torch.manual_seed(0)
@@ -251,10 +233,6 @@ def peer_model(row: Row, machine: Machine) -> nn.Module:
     config = LlavaConfig(**parts, image_token_index=config["image_token_index"])
     with machine.device:
         model = AutoModelForImageTextToText.from_config(config, dtype=machine.dtype, attn_implementation="sdpa")
-    if row.quantize == "nf4":
-        towers = model.model.language_model.layers, model.model.vision_tower.encoder.layers
-        peers.quantize_blocks([block for blocks in towers for block in blocks], machine)
-        model.is_loaded_in_4bit = True  # peft asks for it
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    blocks = [*model.model.language_model.layers, *model.model.vision_tower.encoder.layers]
     targets = rf".*language_model.*\.({'|'.join(ALL_LINEAR)})"
-    return get_peft_model(model, LoraConfig(r=row.rank, lora_alpha=2 * row.rank, target_modules=targets)).train()
+    return peers.put_lora(model, blocks, row, machine, target_modules=targets)

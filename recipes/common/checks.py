@@ -1,14 +1,16 @@
-"""What a training recipe's flags say about each other, found out before any file is read.
+"""Rules that the flags of a training recipe must meet, checked before any file is read.
 
-A rule stands with the part that it is about (step_in_backward.py, say), which asks it, too. Here all of them
-are asked at once, for flags alone: what cannot work is refused now, not after minutes of downloading, tokenising and
-loading. What depends on the model or the data stays where they are read.
+A rule stands with the part that it is about, such as modules/memory/step_in_backward.py, which checks it as well. Here
+all of them are checked at once: what cannot work is refused now, not after minutes of downloading and tokenising.
+Rules that need the model or the data stay where these are read.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,14 +27,17 @@ from modules.adapters.lora import check_sizes
 from modules.adapters.methods import check_options, find_method, read_by
 from modules.adapters.options import Options
 from modules.adapters.peft_names import read_pattern
-from modules.adapters.vlm_parts import check_parts
+from modules.adapters.vlm_parts import check_parts, fits_adapter
 from modules.device import pick_device, pick_dtype
 from modules.memory import step_in_backward
-from modules.memory.activations import NEEDS_HAND_WRITTEN
-from modules.memory.weight_streaming import ARE_FROZEN, NEEDS_RECOMPUTATION
+from modules.memory.activations import check_modes
+from modules.memory.weight_streaming import ARE_FROZEN
 from modules.optim import check_lr
 from modules.quantization.quantize import check_head, linear_kind
+from recipes.common import flags
 
+TOPICS = (flags.TrainingFlags, flags.ImageFlags, flags.MethodFlags, flags.FusedFlags)
+DEFAULTS = {field.name: field.default for topic in TOPICS for field in dataclasses.fields(topic)} | {"fused": False}
 NOT_NEGATIVE = ("max_grad_norm", "warmup_steps", "weight_decay", "eval_every", "save_every")
 NOT_NEGATIVE += ("activations_gib", "activations_host_gib", "freeze_layers")
 FLOAT16 = "float16 cannot hold an Adam step of weights trained in full: use --dtype bfloat16 or float32"
@@ -41,57 +46,52 @@ FLOAT16 = "float16 cannot hold an Adam step of weights trained in full: use --dt
 def check_flags(cfg: Any) -> None:
     """Raise ValueError for flags that cannot work, OSError or ImportError for a data file or logger that is not there.
 
-    `cfg`: a training recipe's Config. Flags that not all recipes have are asked about where they are there. A flag that
-    another one leaves without effect is no error; it gets a line.
+    `cfg`: a training recipe's Config. A flag that the recipe lacks counts as its default. For a flag that has no effect
+    because of another one, a line is printed.
     """
-    flags = vars(cfg)
-    dtype = pick_dtype(cfg.dtype, pick_device(cfg.device))
+    given, every = vars(cfg), SimpleNamespace(**DEFAULTS | vars(cfg))
+    dtype = pick_dtype(every.dtype, pick_device(every.device))
     for name in NOT_NEGATIVE:
-        if not (flags.get(name) or 0) >= 0:
+        if not (given.get(name) or 0) >= 0:
             raise ValueError(f"{shown(cfg, name)} must not be negative")
-    if cfg.activations_every < 1:
-        raise ValueError(f"--activations-every {cfg.activations_every} must be at least 1")
-    fit_seq_len(cfg.seq_len, math.inf)
-    check_batches(cfg.batch_size, cfg.grad_accum, flags.get("image_workers"))
-    check_length(cfg.epochs, cfg.max_steps)
-    check_lr(cfg.lr)
-    if not flags.get("alpha", 1.0) > 0:
+    fit_seq_len(every.seq_len, math.inf)
+    check_batches(every.batch_size, every.grad_accum, every.image_workers)
+    check_length(every.epochs, every.max_steps)
+    check_lr(every.lr)
+    if not every.alpha > 0:
         raise ValueError(f"{shown(cfg, 'alpha')} must be a positive number: it scales what the adapter adds")
-    check_keep_last(cfg.keep_last)
-    if not cfg.resume:  # a run that is finished needs its files and packages no more
-        check_chat_format(cfg.chat_format)
-        check_loggers(cfg)
-        for path in (cfg.data, cfg.eval_data):
-            if path is not None:
+    check_keep_last(every.keep_last)
+    if not every.resume:  # a run that is finished needs its files and packages no more
+        check_chat_format(every.chat_format)
+        check_loggers(every)
+        for path in (every.data, every.eval_data):
+            if isinstance(path, Path):
                 path.stat()
-    if cfg.step_in_backward:
-        step_in_backward.check(grad_accum=cfg.grad_accum, max_grad_norm=cfg.max_grad_norm, dtype=dtype)
-    if "quantize" in flags:
-        check_head(linear_kind(cfg.quantize), cfg.quantize_head)
-    by_hand = flags.get("fused") and not flags.get("dropout")
-    recomputed = cfg.activations in ("lean", "offload") and cfg.activations_every == 1 and not cfg.activations_gib
-    if cfg.weights != "resident" and not (by_hand or recomputed):
-        raise ValueError(NEEDS_RECOMPUTATION)
-    if flags.get("activations_host_gib") and not (by_hand and cfg.activations == "offload"):
-        raise ValueError(NEEDS_HAND_WRITTEN)
-    if "method" in flags:
-        check_method(cfg, dtype)
-    elif "rank" in flags:
-        check_sizes(cfg.rank, cfg.dropout, cfg.targets)
-    if "vision" in flags:
-        check_vision(cfg, dtype)
-    if "init_projector" in flags and dtype == torch.float16:
+    if every.step_in_backward:
+        step_in_backward.check(grad_accum=every.grad_accum, max_grad_norm=every.max_grad_norm, dtype=dtype)
+    check_head(linear_kind(every.quantize), every.quantize_head)
+    modes = (every.activations, every.activations_every, every.activations_gib, every.activations_host_gib)
+    check_modes(*modes, fused=every.fused and not every.dropout, streaming=every.weights != "resident")
+    if "method" in given:
+        check_method(every)
+    else:
+        check_sizes(every.rank, every.dropout, every.targets)
+    read_tokens(every.new_tokens)
+    if every.modules_to_save:
+        whole_modules.check_dtype(dtype)
+    if "vision" in given:
+        check_vision(every, dtype)
+    if "init_projector" in given and dtype == torch.float16:
         raise ValueError(FLOAT16)
-    if "trainable" in flags:
-        check_trainable(cfg)
-    say_ignored(cfg)
+    if "master_weights" in given:
+        check_trainable(given.get("trainable"), streamed=every.weights != "resident", frozen=given.get("freeze_layers"))
+    say_ignored(cfg, every)
 
 
-def check_method(cfg: Any, dtype: torch.dtype) -> None:
-    """peft_finetune.py's."""
+def check_method(cfg: Any) -> None:
+    """Rules of peft_finetune.py."""
     method = find_method(cfg.method)
     check_options(cfg.method, options := method_options(cfg))
-    read_tokens(cfg.new_tokens)
     if cfg.weights != "resident":
         if hasattr(method, "NEEDS_RESIDENT"):
             raise ValueError(method.NEEDS_RESIDENT)
@@ -102,12 +102,10 @@ def check_method(cfg: Any, dtype: torch.dtype) -> None:
         raise ValueError(f"{what} does not go with --method {cfg.method}, whose adapter is one tensor in PEFT's format")
     if hasattr(method, "VIRTUAL_TOKENS") and not cfg.prompt_text:  # whose number may be the text's
         room_behind(options.num_virtual_tokens, cfg.seq_len)
-    if cfg.modules_to_save:
-        whole_modules.check_dtype(dtype)
 
 
 def method_options(cfg: Any) -> Options:
-    """What the flags say of a method. The recipe adds what comes from the tokenizer, the model and the data."""
+    """A method's options as the flags give them. The recipe adds those from the tokenizer, the model and the data."""
     return Options(
         rank=cfg.rank,
         alpha=cfg.alpha,
@@ -125,53 +123,54 @@ def method_options(cfg: Any) -> Options:
 
 
 def check_vision(cfg: Any, dtype: torch.dtype) -> None:
-    """vlm_finetune.py's."""
+    """Rules of vlm_finetune.py."""
     how = parts_of(cfg)
     check_parts(how, quantize_head=cfg.quantize_head)
+    if (cfg.modules_to_save or cfg.new_tokens) and not fits_adapter(how):
+        raise ValueError("--modules-to-save and --new-tokens go with an adapter: not with a tower trained in full")
     if dtype == torch.float16 and "full" in how.values():
         raise ValueError(FLOAT16)
-    if cfg.language == "full" and (cfg.embedding == "host" or cfg.weights != "resident"):
+    if how["language"] == "full" and (cfg.embedding == "host" or cfg.weights != "resident"):
         raise ValueError("--embedding host and --weights stream are for frozen weights: not with --language full")
-    given = [(part, rate) for part in how if (rate := getattr(cfg, f"{part}_lr")) is not None]
+    given = [(part, rate) for part in how if (rate := getattr(cfg, f"{part}_lr", None)) is not None]
     if wrong := [f"--{part}-lr {rate}" for part, rate in given if not 0 <= rate < math.inf]:
         raise ValueError(f"{', '.join(wrong)} must be a positive number, or 0 to leave the part as it is")
 
 
 def parts_of(cfg: Any) -> dict[str, str]:
     """How each part of a vision-language model is trained: frozen, lora or full."""
-    return {part: getattr(cfg, part) for part in ("vision", "projector", "language")}
+    return {part: getattr(cfg, part, "frozen") for part in ("vision", "projector", "language")}
 
 
-def check_trainable(cfg: Any) -> None:
-    """full_finetune.py's."""
+def check_trainable(trainable: str | None, *, streamed: bool, frozen: int | None) -> None:
+    """Rules of full_finetune.py and pretrain.py."""
     try:
-        re.compile(cfg.trainable or "")
+        re.compile(trainable or "")
     except re.error as error:
-        raise ValueError(f"--trainable {cfg.trainable!r} is not a regular expression: {error}") from None
-    if cfg.weights != "resident" and not (cfg.freeze_layers or cfg.trainable):
+        raise ValueError(f"--trainable {trainable!r} is not a regular expression: {error}") from None
+    if streamed and not (frozen or trainable):
         raise ValueError(ARE_FROZEN)
 
 
-def say_ignored(cfg: Any) -> None:
-    """A line for each flag that was given (its value is not the default) and that another one leaves without effect."""
-    for names, why in ignored(cfg):
+def say_ignored(cfg: Any, every: SimpleNamespace) -> None:
+    """Print a line for each flag that is not at its default and has no effect because of another one."""
+    for names, why in ignored(cfg, every):
         for field in dataclasses.fields(cfg):
-            # Who writes out what happens anyway is not mistaken: 20 virtual tokens.
+            # The default, written out, is no mistake: 20 virtual tokens.
             same = (field.default, getattr(Options, field.name, field.default))
             if field.name in names and getattr(cfg, field.name) not in same:
                 say(f"note: {shown(cfg, field.name)} has no effect {why}")
 
 
-def ignored(cfg: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+def ignored(cfg: Any, every: SimpleNamespace) -> Iterator[tuple[tuple[str, ...], str]]:
     """Names of settings that do nothing in this run, and why."""
-    flags = vars(cfg)
-    if cfg.eval_data is None:
+    if every.eval_data is None:
         yield ("eval_every",), "without --eval-data"
-    if cfg.activations in ("none", "fast"):
-        yield ("activations_every", "activations_gib"), f"with --activations {cfg.activations}"
-    if "method" in flags:
-        yield from ignored_by_method(cfg)
-    if "vision" in flags:
+    if every.activations in ("none", "fast"):
+        yield ("activations_every", "activations_gib"), f"with --activations {every.activations}"
+    if hasattr(cfg, "method"):
+        yield from ignored_by_method(every)
+    if hasattr(cfg, "vision"):
         yield from ignored_by_parts(cfg)
 
 
@@ -197,16 +196,10 @@ def ignored_by_parts(cfg: Any) -> Iterator[tuple[tuple[str, ...], str]]:
             yield (f"{part}_lr",), f"with --{part} frozen"
     if "lora" not in how.values():
         yield ("rank", "alpha", "dropout", "adapter_dtype"), f"unless one of {', '.join(f'--{p}' for p in how)} is lora"
-    if cfg.language != "lora":
-        yield ("targets",), f"with --language {cfg.language}"
-    if cfg.vision == cfg.language == "full":
+    if how["language"] != "lora":
+        yield ("targets",), f"with --language {how['language']}"
+    if how["vision"] == how["language"] == "full":
         yield ("quantize",), "with --vision full and --language full: what is trained in full is not quantised"
-
-
-def describe_choices(cfg: Any) -> str:
-    """How frozen weights, activations and moments are kept: what a run's start says in one line."""
-    names = ("quantize", "activations", "optimizer")
-    return ", ".join(f"{name} {getattr(cfg, name)}" for name in names if hasattr(cfg, name))
 
 
 def shown(cfg: Any, name: str) -> str:

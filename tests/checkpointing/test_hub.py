@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tests.tiny import ROOT, make_checkpoint
+from tests.tiny import ROOT, make_checkpoint, run_recipe
 
 COMMIT = "a" * 40
 
@@ -39,6 +39,7 @@ def hub(tmp_path):
             path, headers, status = self.path.partition("?")[0], {}, 200
             if path.startswith("/api/models/org/model"):
                 siblings = [{"rfilename": name} for name in files]
+                asked.add(path)
                 entries = [{"type": "file", "path": n, "size": len(b), "oid": COMMIT} for n, b in files.items()]
                 info = {"id": "org/model", "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
                 body = json.dumps(entries if "/tree/" in path else info).encode()
@@ -61,8 +62,11 @@ def hub(tmp_path):
     server.shutdown()
 
 
+@pytest.mark.slow(6)
 def test_a_hub_id_is_downloaded_and_used(tmp_path, hub):
     address, asked = hub
+
+    flags = ("--raw", "--prompt", "3 + 4", "--max-new-tokens", "8", "--device", "cpu")
 
     def generate(model):
         environment = os.environ | {
@@ -71,13 +75,13 @@ def test_a_hub_id_is_downloaded_and_used(tmp_path, hub):
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",  # whatever whoever runs the tests has set
         }
-        command = [sys.executable, str(ROOT / "recipes/generate.py"), "--model", model, "--raw", "--prompt", "3 + 4"]
-        command += ["--max-new-tokens", "8", "--device", "cpu"]
+        command = [sys.executable, str(ROOT / "recipes/generate.py"), "--model", model, *flags]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
-    by_id, by_folder = generate("org/model"), generate(str(tmp_path / "repo"))
+    by_id, by_folder = generate("org/model@v2"), run_recipe("generate", "--model", tmp_path / "repo", *flags)
     assert by_id.returncode == 0, by_id.stderr
     assert by_id.stdout == by_folder.stdout and len(by_id.stdout) > 1
+    assert "/api/models/org/model/revision/v2" in asked
     assert "model.safetensors" in asked and "pytorch_model.bin" not in asked  # pickles are not even fetched
     missing = generate("org/other")
     assert missing.returncode == 2 and "org/other" in missing.stderr and "Traceback" not in missing.stderr

@@ -26,9 +26,9 @@ def test_tensorboard(tmp_path, monkeypatch):
     module = ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    loggers = open_loggers(SimpleNamespace(tensorboard=True, wandb=None), tmp_path, step=4)
-    loggers.log({"step": 5, "loss": 1.5})
-    loggers.close()
+    (logger,) = open_loggers(SimpleNamespace(tensorboard=True, wandb=None), tmp_path, step=4)
+    logger.log({"loss": 1.5}, 5)
+    logger.close()
     writer = Writer.made[-1]
     assert writer.rows == [("loss", 1.5, 5)] and writer.purge_step == 5 and writer.closed
 
@@ -44,11 +44,11 @@ def test_wandb_continues_the_same_run(tmp_path, monkeypatch):
     module.init = init
     monkeypatch.setitem(sys.modules, "wandb", module)
     cfg = SimpleNamespace(tensorboard=False, wandb="project")
-    monkeypatch.setattr("checkpointing.loggers.plain", vars)
+    monkeypatch.setattr("checkpointing.loggers.to_json", vars)
     for step in (0, 3):
-        loggers = open_loggers(cfg, tmp_path, step)
-        loggers.log({"step": step + 1, "loss": 2.0})
-        loggers.close()
+        (logger,) = open_loggers(cfg, tmp_path, step)
+        logger.log({"loss": 2.0}, step + 1)
+        logger.close()
     assert started[0]["id"] == started[1]["id"] and started[0]["project"] == "project"
     assert rows == [({"loss": 2.0}, 1), "end", ({"loss": 2.0}, 4), "end"]
 

@@ -29,15 +29,17 @@ def words(picture: ElementTree.Element) -> str:
 
 def test_points_lie_where_their_numbers_are(tmp_path: Path):
     rows = [{"step": 1, "loss": 4.0, "lr": 1e-4}, {"step": 2, "loss": 3.0}, {"step": 3, "loss": 2.0}]
-    rows += [{"step": 3, "eval_loss": 2.5}, {"step": 1, "eval_loss": 3.5}]
+    rows += [{"step": 3, "eval_loss": 2.5}, {"step": 1, "eval_loss": 3.5}, {"step": 2, "eval_loss_ema": 3.0}]
     picture = draw(rows, tmp_path, title="a <b> & c")
-    (train, evaluation) = lines(picture)
+    (train, evaluation, average) = lines(picture)
     middle_x, middle_y = (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2
     assert train == [(LEFT, TOP), (middle_x, middle_y), (RIGHT, BOTTOM)]
     assert evaluation == [(LEFT, TOP + (BOTTOM - TOP) / 4), (RIGHT, TOP + (BOTTOM - TOP) * 3 / 4)]
-    assert len(list(picture.iter(f"{SVG}circle"))) == 2
+    assert average == [(middle_x, middle_y)]
+    assert len({e.get("fill") for e in picture.iter(f"{SVG}circle")}) == 2  # their colours
+    assert len(list(picture.iter(f"{SVG}circle"))) == 3
     text = words(picture)
-    assert "a <b> & c" in text and "● training 2.000    ● evaluation 2.500" in text
+    assert "a <b> & c" in text and "● training 2.000    ● evaluation 2.500    ● eval_loss_ema 3.000" in text
     assert picture.find(f"{SVG}rect").get("fill") == "#fff"  # its own background, for dark pages
 
 

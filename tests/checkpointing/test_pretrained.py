@@ -1,6 +1,7 @@
 """Weights in and out: strictness, dtypes, shards, the Hub."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from checkpointing import export
 from checkpointing.pretrained import WeightFiles, find_checkpoint, load_weights, read_config
 from models import build_model
+from models.llama import PRESETS
 from modules.adapters.lora import add_lora
 from modules.quantization.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4, quantize_nf4_tensor
 from tests.tiny import make_checkpoint
@@ -149,22 +151,7 @@ def test_fingerprint_changes_with_the_weights(tmp_path):
     assert a == b != c
 
 
-def test_hub_ids_are_downloaded(tmp_path, monkeypatch):
-    make_checkpoint(tmp_path / "repo")
-    asked = {}
-
-    def download(repo, *, revision, allow_patterns):
-        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
-        return str(tmp_path / "repo")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert find_checkpoint("org/model@v2") == tmp_path / "repo"
-    assert asked["repo"] == "org/model" and asked["revision"] == "v2"
-    assert not any("bin" in pattern for pattern in asked["patterns"])
-    load(find_checkpoint("org/model"))
-
-
-def test_hub_errors_are_one_line(monkeypatch):
+def test_what_is_no_checkpoint_is_named_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
 
     def download(*_, **__):
@@ -178,3 +165,25 @@ def test_hub_errors_are_one_line(monkeypatch):
             find_checkpoint(name)
     with pytest.raises(ValueError, match="is a file"):
         find_checkpoint(__file__)
+    (tmp_path / "model.Q4_K_M.gguf").touch()
+    for name in (tmp_path, tmp_path / "model.Q4_K_M.gguf"):
+        with pytest.raises(ValueError, match=r"is a GGUF file; .* gguf_file=NAME"):
+            find_checkpoint(name)
+    known = "LlamaForCausalLM, LlavaForConditionalGeneration, Idefics3ForConditionalGeneration, SmolVLM"
+    for config, named in [
+        ({"architectures": ["Gemma"]}, "architecture 'Gemma'"),
+        ({"model_type": "x"}, "model_type 'x'"),
+    ]:
+        with pytest.raises(ValueError, match=f"{named} in config.json is not supported; supported: {known}"):
+            build_model(config)
+    assert type(build_model(PRESETS["llama-3.2-1b"] | {"model_type": "llama"})).__name__ == "LlamaForCausalLM"
+
+
+def test_loading_leaves_no_mapping(tmp_path):
+    """A mapping counts as the process's memory as long as it is there; a large file is mapped piece by piece."""
+    make_checkpoint(tmp_path)
+    weights, model = WeightFiles(tmp_path), build_model(read_config(tmp_path))
+    load_weights(model, weights, device=CPU, dtype=torch.float32)
+    assert weights.fingerprint() and "model.norm.weight" in weights
+    if Path("/proc/self/maps").is_file():
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()

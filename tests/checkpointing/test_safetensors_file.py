@@ -1,4 +1,4 @@
-"""Safetensors files written by hand: the library reads the same bits, and every tensor is aligned."""
+"""Safetensors files as we write them: the library reads the same bits, and every tensor is aligned."""
 
 import json
 from pathlib import Path

@@ -15,6 +15,7 @@ class Dataset:
 
     def __init__(self, lengths):
         self.lengths = lengths
+        self.target_counts = [length - 1 for length in lengths]
 
     def __len__(self):
         return len(self.lengths)
@@ -37,10 +38,23 @@ def test_padded_batches_in_file_order():
     assert first.targets.tolist() == [1] * 4 + [2] * 2 + [3] * 7 + [4]
     assert first.input_ids.flatten()[first.target_index].tolist() == [t - 1 for t in first.targets.tolist()]
     assert [len(batch.input_ids) for batch in batches.one_epoch()] == [4, 4, 3]
-
-
-def test_padding_to_a_multiple():
+    assert [batch.rows for batch in batches.one_epoch()] == [
+        [[0], [1], [2], [3]],
+        [[4], [5], [6], [7]],
+        [[8], [9], [10]],
+    ]
     assert next(Batches(Dataset(LENGTHS), batch_size=1, pad_multiple=8).one_epoch()).input_ids.shape == (1, 8)
+
+
+@pytest.mark.parametrize("options", [{}, {"pad_multiple": 4}, {"packing": True}, {"packing": True, "pad_multiple": 4}])
+@pytest.mark.parametrize("steps", [0, 1, 3, 7])
+def test_the_largest_batch_is_known_beforehand(options, steps):
+    options = dict(batch_size=2, grad_accum=2, shuffle=True, seq_len=8, **options)
+    found = list(Batches(Dataset(LENGTHS), **options).first(max(steps, 1)))
+    tokens, targets = (
+        max(sizes) for sizes in zip(*((b.input_ids.numel(), b.target_tokens) for b in found), strict=True)
+    )
+    assert Batches(Dataset(LENGTHS), **options).largest(steps) == (tokens, targets)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -90,7 +104,7 @@ def test_only_the_guilty_flag_is_accused():
 def test_packed_collation():
     batches = Batches(Dataset([3, 2, 4]), batch_size=2, packing=True, seq_len=6, pad_id=7)
     (batch,) = batches.one_epoch()
-    assert batch.input_ids.tolist() == [[0, 0, 0, 1, 1], [2, 2, 2, 2, 7]]
+    assert batch.input_ids.tolist() == [[0, 0, 0, 1, 1], [2, 2, 2, 2, 7]] and batch.rows == [[0, 1], [2]]
     assert batch.layout.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert batch.layout.cu_seqlens.tolist() == [0, 3, 5, 9, 10]
     assert batch.targets.tolist() == [1, 1, 2, 3, 3, 3]

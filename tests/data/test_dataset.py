@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from data.chat.templates import ChatTemplate, load_chat_template
-from data.dataset import IGNORE_INDEX, load_dataset
+from data.dataset import IGNORE_INDEX, load_dataset, load_sides
 from data.rows import encode_row
+from data.tokenized import TokenizedDataset
 from data.tokenizers.load import load_tokenizer
 from modules.adapters.virtual_tokens import placeholders
 from tests.data.chat.published_templates import CHATML
@@ -21,7 +22,7 @@ TEMPLATE = ChatTemplate(CHATML, "test", {}, tuple(TOKENIZER.special_tokens))
 def load(tmp_path, rows: list[dict], *, seq_len: int | None = None, **options):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_dataset(path, TOKENIZER, TEMPLATE, seq_len=seq_len, progress=False, **options)
+    return load_dataset(path, TOKENIZER, TEMPLATE, seq_len=seq_len, **options)
 
 
 def chat(*contents: str) -> dict:
@@ -146,7 +147,7 @@ def test_special_contents_and_missing_ends_are_said(tmp_path):
         load(tmp_path, rows, on_special_content="error")
 
     endless = ChatTemplate("{% for m in messages %}{{ m.content }}\n{% endfor %}", "test", {}, ())
-    report = load_dataset(tmp_path / "data.jsonl", TOKENIZER, endless, seq_len=None, progress=False).report
+    report = load_dataset(tmp_path / "data.jsonl", TOKENIZER, endless, seq_len=None).report
     assert report.unended == 2
     assert "2 rows with an answer that no end-of-turn token follows" in report.lines()[2]
 
@@ -157,6 +158,40 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path):
         load(tmp_path, [*ROWS[:2], bad])
     with pytest.raises(FileNotFoundError, match="there is no such data file"):
         load_dataset(tmp_path / "nowhere.jsonl", TOKENIZER, None, seq_len=None)
+
+
+def test_sides_and_columns_stay_with_their_rows(tmp_path):
+    """A row that one side cannot keep is dropped from all; labels, lines and sides then still belong together."""
+    rows = [{"question": f"{i} hello", "good": f"yes {i}", "bad": "no", "label": i} for i in range(4)]
+    rows[1] |= {"question": "hello " * 90}  # cut on both sides: no target is left
+    rows[2]["good"] = [{"role": "assistant", "content": "x"}]
+    rows[2] |= {"question": [{"role": "user", "content": "hello"}], "bad": [{"role": "user", "content": "no answer"}]}
+    options = dict(prompt_field="question", columns=("label",))
+    whole = load(tmp_path, rows, completion_field="good", prompt_field="question", columns=("label",))
+    assert whole.columns == {"label": [0, 1, 2, 3]} and list(whole.lines) == [1, 2, 3, 4]
+    files = (tmp_path / "data.jsonl", TOKENIZER, TEMPLATE)
+    sides = load_sides(*files, completion_fields=("good", "bad"), seq_len=40, **options)
+    for name, side in sides.items():
+        assert side.columns == {"label": [0, 3]} and list(side.lines) == [1, 4] and side.report.rows == 4
+        one = load(tmp_path, [rows[0], rows[3]], completion_field=name, prompt_field="question", train_on="assistant")
+        assert side.input_ids.equal(one.input_ids) and side.targets.equal(one.targets)
+        assert side.target_counts == [(targets != IGNORE_INDEX).sum() for _, targets in one]
+        assert side.fingerprint != one.fingerprint  # other labels are other data
+    assert sides["good"].report.lines()[-1] == "1 row dropped: another completion of the row was"
+    with pytest.raises(ValueError, match="data.jsonl:1: the row has no 'weight'; it has 'question', 'good', "):
+        load_sides(*files, completion_fields=("good", "bad"), seq_len=None, **options | dict(columns=("weight",)))
+    with pytest.raises(ValueError, match="rows with several sides cannot be split"):
+        load_sides(*files, completion_fields=("good", "bad"), seq_len=40, split_long=True)
+
+
+def test_a_dataset_of_examples_made_elsewhere(tmp_path):
+    loaded = load(tmp_path, ROWS)
+    made = TokenizedDataset.of([(ids.tolist(), targets.tolist()) for ids, targets in loaded])
+    assert made.fingerprint == loaded.fingerprint and made.report.tokens == loaded.report.tokens
+    with pytest.raises(ValueError, match="columns label must have 1 values: one per example"):
+        TokenizedDataset.of([([1, 2], [2, -100])], {"label": [1, 0]})
+    with pytest.raises(ValueError, match="example 1 must have one target per token"):
+        TokenizedDataset.of([([1, 2], [-100, -100])])
 
 
 def test_options_reach_the_rows(tmp_path):
@@ -198,9 +233,9 @@ def test_gsm8k(tmp_path, name):
     ]
     (tmp_path / "chat.json").write_text(json.dumps(messages, indent=1))
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-    options = {"seq_len": None, "prompt_field": "question", "completion_field": "answer", "progress": False}
+    options = {"seq_len": None, "prompt_field": "question", "completion_field": "answer"}
     pairs = load_dataset(tmp_path / "pairs.jsonl", tokenizer, None, **options)
-    chats = load_dataset(tmp_path / "chat.json", tokenizer, template, seq_len=None, progress=False)
+    chats = load_dataset(tmp_path / "chat.json", tokenizer, template, seq_len=None)
     end_of_turn = {"llama2": "</s>", "llama3": "<|eot_id|>"}[name]
     end_of_text = {"llama2": "</s>", "llama3": "<|end_of_text|>"}[name]
     for dataset, end in ((pairs, end_of_text), (chats, end_of_turn)):

@@ -1,6 +1,8 @@
 """LLaVA against transformers and peft: logits, all gradients, generation, the folders in the wild, adapters."""
 
+import itertools
 import json
+from operator import call
 
 import peft
 import pytest
@@ -14,38 +16,22 @@ from checkpointing.adapters import load_adapter, save_adapter
 from checkpointing.export import save_model
 from checkpointing.pretrained import read_config
 from models import build_model
-from models.clip_vit import run_block as run_vision_block
-from models.llama import LlamaForCausalLM, run_block
+from models.llama import LlamaForCausalLM
 from models.llava import PRESETS, LlavaConfig
 from modules.adapters.lora import ALL_LINEAR, add_lora
 from modules.attention import packed_layout
-from modules.fused.blocks import disagreement, why_not
+from modules.fused.blocks import disagreement, why_plain
 from modules.generation import generate
 from modules.image_tokens import place_images, put_features
 from modules.loss import linear_cross_entropy
-from modules.memory.activations import keep_activations
+from modules.memory.activations import MODES, checkpoint_activations
 from modules.quantization.nf4 import quantize_nf4
+from tests.models.test_clip_vit import TINY as VISION
 from tests.models.test_clip_vit import load, randomize
+from tests.models.test_llama import TINY
 
 IMAGE = 90
-VISION = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    image_size=12,
-    patch_size=4,
-)
-TEXT = dict(
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    rms_norm_eps=1e-5,
-)
+TEXT = TINY | dict(max_position_embeddings=128)
 CONFIGS = {
     "plain": {},
     "full": dict(vision_feature_select_strategy="full"),
@@ -230,25 +216,35 @@ def test_layouts_are_read_and_written_back(tmp_path, kind, tied):
     ours = load(tmp_path / "in")
     batch = make_batch(ours.config, [2, 0, 1])
     assert difference(ours, reference, batch) < 1e-5
+    check_written_back(tmp_path, ours, HFLlava, batch)
+
+
+def check_written_back(tmp_path, ours, oracle, batch):
+    """From "in", whose weights it has, to "out": the same file, which transformers opens."""
     (tmp_path / "out").mkdir()
     save_model(tmp_path / "out", ours, config=read_config(tmp_path / "in"), source=tmp_path / "in")
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    opened, report = HFLlava.from_pretrained(tmp_path / "out", output_loading_info=True)
+    opened, report = oracle.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert difference(ours, opened, batch) < 1e-5
 
 
 def test_a_model_without_a_checkpoint_is_saved_as_transformers_does(tmp_path):
-    reference, _ = make_pair(tmp_path / "in")
+    make_pair(tmp_path / "in")
+    check_made(tmp_path, HFLlava, make_batch)
+
+
+def check_made(tmp_path, oracle, make_batch):
     ours = build_model(read_config(tmp_path / "in")).to_empty(device="cpu")
     ours.init_weights(torch.Generator().manual_seed(0))
     (tmp_path / "out").mkdir()
     save_model(tmp_path / "out", ours, config=read_config(tmp_path / "in"), source=tmp_path / "in")
     names = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("in", "out")]
     assert names[0] == names[1]
-    assert difference(ours, HFLlava.from_pretrained(tmp_path / "out"), make_batch(ours.config, [1])) < 1e-5
+    assert difference(ours, oracle.from_pretrained(tmp_path / "out"), make_batch(ours.config, [1])) < 1e-5
+    return ours
 
 
 def test_one_error_lists_everything_in_the_folders_own_names(tmp_path):
@@ -284,6 +280,22 @@ def randomize_adapters(model):
                 p.normal_(0.0, 0.1, generator=generator)
 
 
+def check_adapter_opens(tmp_path, reference, ours, targets, batch):
+    """In peft and here; returns what is adapted."""
+    adapted = set(add_lora(ours, rank=4, alpha=12.0, targets=targets))
+    randomize_adapters(ours)
+    save_adapter(tmp_path / "adapter", ours, base=str(tmp_path / "base"))
+    opened = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter")
+    theirs = {n.removeprefix("base_model.model.") for n, m in opened.named_modules() if hasattr(m, "lora_A")}
+    assert theirs == adapted
+    assert difference(ours, opened, batch) < 1e-5
+    assert difference(load(tmp_path / "base"), opened, batch) > 1e-2  # the adapter does something
+    again = load(tmp_path / "base")
+    assert set(load_adapter(again, tmp_path / "adapter")) == adapted
+    assert difference(again, opened, batch) < 1e-5
+    return adapted
+
+
 @pytest.mark.parametrize("where", ["language", "vision and projector", "both towers and the head"])
 def test_adapters_open_in_peft(tmp_path, where):
     reference, ours = make_pair(tmp_path / "base")
@@ -292,18 +304,7 @@ def test_adapters_open_in_peft(tmp_path, where):
         "vision and projector": ["vision_tower.encoder.layers.0.self_attn.q_proj", "linear_1", "fc2"],
         "both towers and the head": ["q_proj", "lm_head"],
     }[where]
-    adapted = set(add_lora(ours, rank=4, alpha=12.0, targets=targets))
-    randomize_adapters(ours)
-    save_adapter(tmp_path / "adapter", ours, base=str(tmp_path / "base"))
-    opened = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter")
-    theirs = {n.removeprefix("base_model.model.") for n, m in opened.named_modules() if hasattr(m, "lora_A")}
-    assert theirs == adapted
-    batch = make_batch(ours.config, [2, 0, 1])
-    assert difference(ours, opened, batch) < 1e-5
-    assert difference(load(tmp_path / "base"), opened, batch) > 1e-2  # the adapter does something
-    again = load(tmp_path / "base")
-    assert set(load_adapter(again, tmp_path / "adapter")) == adapted
-    assert difference(again, opened, batch) < 1e-5
+    check_adapter_opens(tmp_path, reference, ours, targets, make_batch(ours.config, [2, 0, 1]))
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "linear_2"], r".*language_model.*\.(q|v|down)_proj"])
@@ -328,55 +329,35 @@ def test_short_target_adapts_both_towers_and_full_names_one(tmp_path):
         json.loads((tmp_path / f / "adapter_config.json").read_text())["target_modules"] for f in ("both", "one")
     ]
     assert written == [["q_proj"], sorted(names)]
-    assert load_file(tmp_path / "one/adapter_model.safetensors").keys() == {
-        f"base_model.model.model.language_model.layers.{i}.{layer}.lora_{x}.weight"
-        for i in range(2)
-        for layer in ("self_attn.q_proj", "mlp.gate_proj")
-        for x in "AB"
-    }
 
 
 @pytest.mark.parametrize("nf4", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("rung", ["none", "fast", "lean", "offload"])
-def test_rungs_change_no_gradient(tmp_path, rung, fused, nf4):
+def test_modes_in_both_towers_and_a_trained_projector(tmp_path, nf4):
+    """A gradient that goes through the Llama blocks into the projector and a checkpointed vision tower."""
     _, ours = make_pair(tmp_path)
     if nf4:
         assert len(quantize_nf4(ours.language_model)) == 14
-    add_lora(ours, rank=4, targets=language_layers(ours, *ALL_LINEAR))
-    randomize_adapters(ours)
-    batch, gradients = make_batch(ours.config, [2, 0, 1]), []
-    for setting in (None, dict(rung=rung, fused=fused)):
-        if setting:
-            assert why_not(ours.language_model) is disagreement(ours.language_model) is None
-            keep_activations(ours.language_model, **setting)
-            assert ours.model.language_model.run_block is not run_block
-        ours.zero_grad()
-        loss_of(ours, batch).backward()
-        gradients.append({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 28
-    for name, gradient in gradients[0].items():
-        assert (gradients[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
-
-
-def test_rungs_in_both_towers_and_a_trained_projector(tmp_path):
-    """A gradient that goes through the hand-written Llama blocks into the projector and a checkpointed vision tower."""
-    _, ours = make_pair(tmp_path)
-    batch, gradients = make_batch(ours.config, [2, 0, 1]), []
     add_lora(ours, rank=4, targets=["q_proj", *language_layers(ours, *ALL_LINEAR)])
-    ours.model.multi_modal_projector.requires_grad_(True)
+    check_modes_in_both_towers(ours, make_batch(ours.config, [2, 0, 1]), trained=28 + 4 + 2 * 2)
+
+
+def check_modes_in_both_towers(ours, batch, trained):
+    ours.projector.requires_grad_(True)
     randomize_adapters(ours)
-    for rung in (None, "lean"):
-        if rung:
-            keep_activations(ours.language_model, rung, fused=True)
-            keep_activations(ours.vision_tower, rung)
-            assert ours.model.vision_tower.run_block is not run_vision_block
+    assert why_plain(ours.language_model) is disagreement(ours.language_model) is None
+    gradients = []
+    for mode, fused in [(None, False), *itertools.product(MODES, (False, True))]:
+        if mode:
+            checkpoint_activations(ours.language_model, mode, fused=fused)
+            checkpoint_activations(ours.vision_tower, mode)
+            assert ours.vision_tower.run_block is not call
+            assert ours.language_model.model.run_block is not call
         ours.zero_grad()
         loss_of(ours, batch).backward()
         gradients.append({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 28 + 4 + 2 * 2
-    for name, gradient in gradients[0].items():
-        assert (gradients[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert gradients[0].keys() == gradients[-1].keys() and len(gradients[0]) == trained
+        for name, gradient in gradients[0].items():
+            assert (gradients[-1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_the_language_model_is_our_llama_and_shares_its_modules(tmp_path):
@@ -387,17 +368,6 @@ def test_the_language_model_is_our_llama_and_shares_its_modules(tmp_path):
     assert torch.equal(llama(ids), ours(ids))
     assert [*ours.vision_tower.blocks, *llama.blocks] == ours.blocks
     assert len(quantize_nf4(ours)) == 3 * 6 + 2 * 7
-
-
-def test_presets_have_the_published_sizes():
-    for preset in PRESETS.values():
-        ours = build_model(preset | {"model_type": "llava"})
-        with torch.device("meta"):
-            theirs = HFLlava(HFConfig(**preset))
-        assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
-        assert ours.config.tokens_per_image == 576 and ours.config.max_length == 4096
-    ours = build_model(PRESETS["llava-1.5-7b"] | {"architectures": ["LlavaForConditionalGeneration"]})
-    assert sum(p.numel() for p in ours.parameters()) == 7_063_427_072
 
 
 def test_wrong_numbers_of_images_are_named(tmp_path):

@@ -1,30 +1,24 @@
 """SmolVLM and Idefics3 against transformers and peft: the vision tower, logits, all gradients, folders, adapters."""
 
 import itertools
+from operator import call
 
-import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import Idefics3Config as HFIdefics3Config
 from transformers import Idefics3ForConditionalGeneration as HFIdefics3
 from transformers import SmolVLMConfig as HFSmolVLMConfig
 from transformers import SmolVLMForConditionalGeneration as HFSmolVLM
 
-from checkpointing.adapters import load_adapter, save_adapter
-from checkpointing.export import save_model
 from checkpointing.pretrained import read_config
 from models import build_model
-from models.clip_vit import run_block as run_vision_block
 from models.siglip_vit import position_ids
-from models.smolvlm import PRESETS, SmolVLMConfig
+from models.smolvlm import SmolVLMConfig
 from modules.adapters.lora import ALL_LINEAR, add_lora
-from modules.fused.blocks import disagreement, why_not
-from modules.memory.activations import keep_activations
 from modules.quantization.nf4 import quantize_nf4
 from tests.models import test_llava as llava
 from tests.models.test_clip_vit import load, randomize
-from tests.models.test_llava import BATCHES, IMAGE, check_logits_and_gradients, difference, loss_of, randomize_adapters
+from tests.models.test_llava import BATCHES, IMAGE, check_logits_and_gradients
 
 VISION = llava.VISION | dict(patch_size=2)  # 6 × 6 patches
 TEXT = llava.TEXT | dict(model_type="llama")
@@ -83,7 +77,7 @@ def test_vision_states_of_every_layer(tmp_path, kind, sizes):
 
     def run(block, hidden, *masks):
         states.append(hidden)
-        return run_vision_block(block, hidden, *masks)
+        return call(block, hidden, *masks)
 
     ours.vision_tower.run_block = run
     ours.vision_tower.post_layernorm.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
@@ -155,41 +149,15 @@ def test_greedy_generation_is_token_identical(tmp_path):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_saved_folders_open_in_transformers(tmp_path, kind, tied):
     reference, ours = make_pair(tmp_path / "in", kind, tie_word_embeddings=tied)
-    batch = make_batch(ours.config, [2, 0, 1])
-    (tmp_path / "out").mkdir()
-    save_model(tmp_path / "out", ours, config=read_config(tmp_path / "in"), source=tmp_path / "in")
-    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("in", "out"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    opened, report = ARCHITECTURES[kind][0].from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert difference(ours, opened, batch) < 1e-5
+    llava.check_written_back(tmp_path, ours, ARCHITECTURES[kind][0], make_batch(ours.config, [2, 0, 1]))
 
 
 def test_a_model_without_a_checkpoint_is_saved_as_transformers_does(tmp_path):
     make_pair(tmp_path / "in")
-    ours = build_model(read_config(tmp_path / "in")).to_empty(device="cpu")
-    ours.init_weights(torch.Generator().manual_seed(0))
-    (tmp_path / "out").mkdir()
-    save_model(tmp_path / "out", ours, config=read_config(tmp_path / "in"), source=tmp_path / "in")
-    names = [load_file(tmp_path / folder / "model.safetensors").keys() for folder in ("in", "out")]
-    assert names[0] == names[1]
-    assert difference(ours, HFIdefics3.from_pretrained(tmp_path / "out"), make_batch(ours.config, [1])) < 1e-5
+    ours = llava.check_made(tmp_path, HFIdefics3, make_batch)
     theirs = HFIdefics3(HFIdefics3.config_class.from_pretrained(tmp_path / "in"))
     spreads = [{n: p.std().item() for n, p in model.named_parameters() if p.numel() > 500} for model in (ours, theirs)]
     assert spreads[0] == pytest.approx(spreads[1], rel=0.15)
-
-
-def test_loading_is_strict(tmp_path):
-    make_pair(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["model.connector.modality_projection.proj.weight"]
-    tensors["model.perceiver.latents"] = torch.zeros(3)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(
-        ValueError, match=r"1 missing: model\.connector\.\S+; 1 not used by this model: model\.perceiver"
-    ):
-        load(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["language", "vision and connector", "both towers and the head"])
@@ -200,59 +168,22 @@ def test_adapters_open_in_peft(tmp_path, where):
         "vision and connector": ["vision_model.encoder.layers.0.self_attn.q_proj", "proj", "fc2"],
         "both towers and the head": ["q_proj", "lm_head"],
     }[where]
-    adapted = set(add_lora(ours, rank=4, alpha=12.0, targets=targets))
+    adapted = llava.check_adapter_opens(tmp_path, reference, ours, targets, make_batch(ours.config, [2, 0, 1]))
     assert len(adapted) == {"language": 4, "vision and connector": 5, "both towers and the head": 6}[where]
-    randomize_adapters(ours)
-    save_adapter(tmp_path / "adapter", ours, base=str(tmp_path / "base"))
-    opened = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter")
-    theirs = {n.removeprefix("base_model.model.") for n, m in opened.named_modules() if hasattr(m, "lora_A")}
-    assert theirs == adapted
-    batch = make_batch(ours.config, [2, 0, 1])
-    assert difference(ours, opened, batch) < 1e-5
-    assert difference(load(tmp_path / "base"), opened, batch) > 1e-2  # the adapter does something
-    again = load(tmp_path / "base")
-    assert set(load_adapter(again, tmp_path / "adapter")) == adapted
-    assert difference(again, opened, batch) < 1e-5
 
 
-def test_rungs_in_both_towers_and_a_trained_connector(tmp_path):
-    """A gradient that goes through the hand-written Llama blocks into the connector and a checkpointed vision tower."""
+def test_modes_in_both_towers_and_a_trained_connector(tmp_path):
+    """A gradient that goes through the Llama blocks into the connector and a checkpointed vision tower."""
     _, ours = make_pair(tmp_path)
-    batch, gradients = make_batch(ours.config, [2, 0, 1]), []
-    add_lora(
-        ours, rank=4, targets=["model.vision_model.encoder.layers.1.mlp.fc1", *llava.language_layers(ours, *ALL_LINEAR)]
-    )
-    ours.projector.requires_grad_(True)
-    randomize_adapters(ours)
-    for rung in (None, "fast", "lean", "offload"):
-        if rung:
-            assert why_not(ours.language_model) is disagreement(ours.language_model) is None
-            keep_activations(ours.language_model, rung, fused=True)
-            keep_activations(ours.vision_tower, rung)
-            assert ours.vision_tower.run_block is not run_vision_block
-        ours.zero_grad()
-        loss_of(ours, batch).backward()
-        gradients.append({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
-        assert gradients[0].keys() == gradients[-1].keys() and len(gradients[0]) == 28 + 2 + 1
-        for name, gradient in gradients[0].items():
-            assert (gradients[-1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    names = llava.language_layers(ours, *ALL_LINEAR)
+    add_lora(ours, rank=4, targets=["model.vision_model.encoder.layers.1.mlp.fc1", *names])
+    llava.check_modes_in_both_towers(ours, make_batch(ours.config, [2, 0, 1]), trained=28 + 2 + 1)
 
 
 def test_quantising_takes_the_blocks_of_both_towers(tmp_path):
     _, ours = make_pair(tmp_path)
     assert [*ours.vision_tower.blocks, *ours.language_model.blocks] == ours.blocks
     assert len(quantize_nf4(ours)) == 3 * 6 + 2 * 7
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_the_published_sizes(name):
-    published = {"smolvlm-256m": 256_484_928, "smolvlm-500m": 507_482_304, "smolvlm-2.2b": 2_246_272_880}
-    ours = build_model(PRESETS[name] | {"model_type": "smolvlm"})
-    assert sum(p.numel() for p in ours.parameters()) == published[name]
-    assert ours.config.tokens_per_image == {"smolvlm-2.2b": 81}.get(name, 64)
-    with torch.device("meta"):
-        theirs = HFSmolVLM(HFSmolVLMConfig(**PRESETS[name]))
-    assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
 
 
 def test_published_configurations(tmp_path):

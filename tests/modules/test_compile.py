@@ -36,6 +36,7 @@ def arguments(tokens):
     }
 
 
+@pytest.mark.slow(3)
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="the CPU's compiler needs C++")
 @pytest.mark.parametrize("function", arguments(2), ids=lambda function: function.__name__)
 def test_one_kernel_serves_every_length(function):
@@ -50,6 +51,17 @@ def test_one_kernel_serves_every_length(function):
         # What it returns, and what it overwrites.
         torch.testing.assert_close(got, () if expected is None else expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(args, expected_args, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="the CPU's compiler needs C++")
+def test_kernels_are_found_on_the_disk_again(monkeypatch, tmp_path):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for found in (0, 1):
+        counters.clear()
+        compile._build(lambda x: x * 2, (torch.zeros(3, 2),), tokens=3)
+        assert counters["inductor"]["fxgraph_cache_hit"] == found
 
 
 def test_where_the_compiler_has_no_such_entrance(monkeypatch):

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from tests.data.images import tiny_vision
+from tests.recipes import test_vlm
 from tests.tiny import CHATML, losses, make_checkpoint, run_recipe, write_rows
 
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
-VISION |= dict(image_size=tiny_vision.SIDE, patch_size=tiny_vision.PATCH)
+VISION = test_vlm.VISION | dict(image_size=tiny_vision.SIDE, patch_size=tiny_vision.PATCH)
 
 
 def make_clip(folder, kind):

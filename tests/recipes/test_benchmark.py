@@ -34,6 +34,7 @@ def dry(tmp_path_factory):
     return run(path, "--only", *only, "--activations-gib", 0.001, "--confirm-gib", 8)
 
 
+@pytest.mark.slow(16)  # makes `dry`
 def test_every_part_runs_on_the_cpu(dry):
     data, done = dry
     parts = ("speed", "peers", "rungs", "longest", "small", "full", "vlm")
@@ -54,14 +55,16 @@ def test_every_part_runs_on_the_cpu(dry):
     assert "| transformers " in done.stdout and " + peft " in done.stdout
 
 
-def test_rungs_train_alike(dry):
+@pytest.mark.slow(1)
+def test_modes_train_alike(dry):
     rows = dry[0]["rungs"]
-    # Four rungs twice; by hand with attention in host memory, and streamed. The reference is the plain `none`.
+    # Four modes, plain and fused; fused with attention in host memory, and streamed. The reference is the plain `none`.
     assert len(rows) == 10
     assert all(len(row["losses"]) == 20 and row["losses"][-1] < row["losses"][0] - 0.05 for row in rows)
     assert max(row["max_relative_deviation"] for row in rows) < 1e-5
 
 
+@pytest.mark.slow(1)
 def test_streamed_and_resident_models_are_the_same(dry):
     rows = [row for row in dry[0]["small"] if row["settings"]["preset"] == "llama-3.3-70b"]
     losses = {(row["settings"]["weights"], row["settings"]["length"]): row["losses"] for row in rows}
@@ -70,13 +73,14 @@ def test_streamed_and_resident_models_are_the_same(dry):
         assert losses["stream", length] == pytest.approx(losses["resident", length], rel=1e-5)
 
 
+@pytest.mark.slow(1)
 def test_rows_with_images(dry):
     data, done = dry
     rows = {row["settings"]["name"]: row for row in data["vlm"]}
     assert [row["settings"]["measurement"] for row in data["vlm"]] == ["speed"] * 4 + ["peers", "loading"] + [
         "longest"
     ] * 2
-    # The first two steps of every rung on the same batch from the same weights; the last is the loader's own batch.
+    # The first two steps of every mode on the same batch from the same weights; the last is the loader's own batch.
     ways = [row["losses"] for name, row in rows.items() if "hand-written" in name and "4×1024" in name]
     assert all(losses == pytest.approx(ways[0], rel=1e-5) for losses in ways[:4])
     assert ways[4] != pytest.approx(ways[0], rel=1e-5)
@@ -86,14 +90,18 @@ def test_rows_with_images(dry):
     assert "| 7B LoRA 4×1024, transformers + peft |" in done.stdout
 
 
-def test_longest_row_with_an_image_follows_from_the_line(tmp_path, monkeypatch):
-    """A card that takes 3.2 GiB + 80 MB per token: the dry run's short rows then fill 24 GiB."""
+def card_that_takes(bytes_per_token, monkeypatch):
+    """3.2 GiB, and so many bytes per token."""
     honest = measure.run_steps
 
     def run_steps(step, *, tokens, **settings):
-        return honest(step, tokens=tokens, **settings) | {"card_gib": 3.2 + tokens * 8e7 / GIB}
+        return honest(step, tokens=tokens, **settings) | {"card_gib": 3.2 + tokens * bytes_per_token / GIB}
 
     monkeypatch.setattr(measure, "run_steps", run_steps)
+
+
+def test_longest_row_with_an_image_follows_from_the_line(tmp_path, monkeypatch):
+    card_that_takes(8e7, monkeypatch)  # the dry run's short rows then fill 24 GiB
     monkeypatch.setattr(vlm, "LENGTHS", (64, 128))
     data, _ = run(tmp_path / "results.json", "--parts", "vlm", "--only", "7B QLoRA 1x")
     first, second, capped = data["vlm"]
@@ -105,6 +113,7 @@ def test_longest_row_with_an_image_follows_from_the_line(tmp_path, monkeypatch):
     assert capped["kb_per_token"] == pytest.approx(8e4, rel=1e-3)
 
 
+@pytest.mark.slow(1)
 def test_percentages_are_operations_over_the_ceiling(dry):
     data = dry[0]
     row = data["speed"][0]
@@ -124,13 +133,7 @@ def test_operations_per_token(rank, per_weight):
 
 
 def test_longest_sequence_follows_from_the_line(tmp_path, monkeypatch):
-    """A card that takes 3.2 GiB + 80 KB per token."""
-    honest = measure.run_steps
-
-    def run_steps(step, *, tokens, **settings):
-        return honest(step, tokens=tokens, **settings) | {"card_gib": 3.2 + tokens * 80_000 / GIB}
-
-    monkeypatch.setattr(measure, "run_steps", run_steps)
+    card_that_takes(80_000, monkeypatch)
     path = tmp_path / "results.json"
     data, _ = run(path, "--parts", "longest", "--fit-lengths", 4096, 16384, "--cap-gib", 8)
     assert data["longest_fit"]["fixed_gib"] == pytest.approx(3.2, abs=1e-3)
@@ -167,7 +170,7 @@ def test_a_row_that_does_not_fit_is_recorded_and_the_next_one_measured(tmp_path,
 
     monkeypatch.setattr(benchmark, "build_and_train", build_and_train)
     path = tmp_path / "results.json"
-    rows = [f"1B LoRA 4x2048, {rung}, hand-written" for rung in ("fast", "lean", "offload")]
+    rows = [f"1B LoRA 4x2048, {mode}, hand-written" for mode in ("fast", "lean", "offload")]
     data, done = run(path, "--parts", "speed", "--only", *rows)
     failed = {row["settings"]["activations"]: row.get("failed") for row in data["speed"]}
     assert failed == {"fast": "out of memory", "lean": "something else", "offload": None}

@@ -8,7 +8,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import losses, make_checkpoint, read_metrics, run_recipe, sums, write_rows
+from tests.recipes import test_peft_finetune
+from tests.recipes.test_peft_finetune import evaluated
+from tests.tiny import losses, make_checkpoint, run_recipe, sums, write_rows
 
 TOOLS = [
     {"prompt": row["prompt"] + " <tool>", "completion": "<tool>" + row["completion"] + "</tool>"} for row in sums(24)
@@ -19,15 +21,15 @@ WHAT = {
     "patterns": ("--rank-pattern", "q_proj=2", "down_proj=6", "--alpha-pattern", "k_proj=3"),
     "whole modules": ("--modules-to-save", "norm", "lm_head", "embed_tokens"),
     "new tokens": NEW,
-    "new tokens, the head whole": (*NEW, "--modules-to-save", "lm_head"),
+    "new tokens, the head in full": (*NEW, "--modules-to-save", "lm_head"),
 }
-# Measures that each must train under as without it.
-MEASURES = {
-    "embedding and head": ("--fused", "--activations", "offload", "--embedding", "host"),
-    "patterns": ("--fused", "--activations", "lean", "--weights", "stream"),
-    "whole modules": ("--fused", "--activations", "fast"),
-    "new tokens": ("--fused", "--activations", "lean", "--weights", "stream"),
-    "new tokens, the head whole": ("--activations", "fast", "--embedding", "host"),
+# Memory options that each must train under as without them.
+OPTIONS = {
+    "embedding and head": ("--activations", "offload", "--embedding", "host"),
+    "patterns": ("--activations", "lean", "--weights", "stream"),
+    "whole modules": ("--activations", "fast"),
+    "new tokens": ("--activations", "lean", "--weights", "stream"),
+    "new tokens, the head in full": ("--no-fused", "--activations", "fast", "--embedding", "host"),
 }
 
 
@@ -41,25 +43,18 @@ def base(tmp_path_factory):
 
 
 def train(base, output, model, *flags, steps=6):
-    return run_recipe(
-        "peft_finetune",
-        *("--model", base / model, "--data", base / "rows.jsonl", "--eval-data", base / "rows.jsonl"),
-        *("--output", output, "--device", "cpu", "--rank", "4", "--alpha", "8", "--epochs", "9", "--seq-len", "64"),
-        *("--batch-size", "4", "--schedule", "constant", "--lr", "3e-3", "--save-every", "3", "--max-steps", steps),
-        *flags,
-    )
-
-
-def evaluated(folder):
-    (loss,) = [row["eval_loss"] for row in read_metrics(folder) if "eval_loss" in row]
-    return loss
+    return test_peft_finetune.train(base, output, "lora", "--save-every", "3", *flags, steps=steps, model=model)
 
 
 @pytest.mark.parametrize(
-    ("what", "model"), [(w, m) for w in WHAT for m in ("untied", "tied") if m == "untied" or "the head whole" not in w]
+    ("what", "model"),
+    [(w, m) for w in WHAT for m in ("untied", "tied") if m == "untied" or "the head in full" not in w],
 )
 def test_trains_resumes_and_opens(base, tmp_path, what, model):
-    train(base, tmp_path / "whole", model, *WHAT[what])
+    done = train(base, tmp_path / "whole", model, *WHAT[what])
+    if what == "whole modules":
+        said = "the head and the embedding were one weight; they are two from now on" in done.stderr
+        assert said == (model == "tied")
     assert evaluated(tmp_path / "whole") < losses(tmp_path / "whole")[0]
     flags = ("--model", base / model, "--data", base / "rows.jsonl", "--device", "cpu")
     found = json.loads(run_recipe("evaluate", *flags, "--adapter", tmp_path / "whole/adapter").stdout)
@@ -98,16 +93,16 @@ def test_trains_resumes_and_opens(base, tmp_path, what, model):
         size = before.config.vocab_size
         assert opened.config.vocab_size == size + 2
         assert torch.equal(opened.model.embed_tokens.weight[:size], before.model.embed_tokens.weight)
-        assert torch.equal(opened.lm_head.weight[:size], before.lm_head.weight) == ("head whole" not in what)
+        assert torch.equal(opened.lm_head.weight[:size], before.lm_head.weight) == ("head in full" not in what)
 
 
 @pytest.mark.parametrize("what", WHAT)
-def test_under_memory_measures(base, tmp_path, what):
-    train(base, tmp_path / "plain", "untied", *WHAT[what], "--activations", "none")
-    done = train(base, tmp_path / "run", "untied", *WHAT[what], *MEASURES[what])
+def test_under_memory_options(base, tmp_path, what):
+    train(base, tmp_path / "plain", "untied", *WHAT[what], "--activations", "none", "--no-fused")
+    done = train(base, tmp_path / "run", "untied", *WHAT[what], *OPTIONS[what])
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
-    assert ("forward and backward by hand" in done.stderr) == ("--fused" in MEASURES[what])
-    train(base, tmp_path / "nf4", "untied", *WHAT[what], *MEASURES[what], "--quantize", "nf4", "--packing")
+    assert ("blocks: fused" in done.stderr) == ("--no-fused" not in OPTIONS[what])
+    train(base, tmp_path / "nf4", "untied", *WHAT[what], *OPTIONS[what], "--quantize", "nf4", "--packing")
     assert evaluated(tmp_path / "nf4") < losses(tmp_path / "nf4")[0]
 
 
@@ -124,16 +119,10 @@ def test_new_tokens_are_written_and_nothing_else_changes(base, tmp_path, model):
     run_recipe("generate", *flags, "--adapter", adapter, "--max-new-tokens", "4")
 
 
-def test_new_tokens_and_what_they_do_not_go_with(base, tmp_path):
-    for extra, words in (
-        (("--targets", "embed_tokens", "q_proj"), "has an adapter already"),
-        (("--method", "prompt"), "does not go with --method prompt"),
-        (("--quantize", "nf4", "--quantize-head"), "--quantize-head"),
-        (("--model", base / "tied", "--modules-to-save", "lm_head"), "whole together or not at all"),
-    ):
-        done = run_recipe(
-            *("peft_finetune", "--model", base / "untied", "--data", base / "rows.jsonl", "--device", "cpu"),
-            *("--output", tmp_path / "run", *NEW, *extra),
-            check=False,
-        )
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+def test_new_tokens_do_not_go_with_half_of_a_tied_pair(base, tmp_path):
+    done = run_recipe(
+        *("peft_finetune", "--model", base / "tied", "--data", base / "rows.jsonl", "--device", "cpu"),
+        *("--output", tmp_path / "run", *NEW, "--modules-to-save", "lm_head"),
+        check=False,
+    )
+    assert done.returncode == 2 and "in full together or not at all" in done.stderr and "Traceback" not in done.stderr

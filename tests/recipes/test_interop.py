@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpointing import export
-from checkpointing.adapters import read_adapter
 from data.chat.templates import TEMPLATES
 from data.tokenizers.load import load_tokenizer
 from recipes import lora_finetune, merge
@@ -33,24 +32,6 @@ def trained(tmp_path_factory):
 
 def ids():
     return torch.arange(4, 60)[None]
-
-
-def test_merged_folder_equals_base_plus_adapter(trained, tmp_path):
-    run_recipe(
-        *("merge", "--model", trained / "base", "--adapter", trained / "run/adapter", "--output", tmp_path / "merged")
-    )
-    base = AutoModelForCausalLM.from_pretrained(trained / "base")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert (merged(ids()).logits - base(ids()).logits).abs().max() > 1e-2
-    adapted = PeftModel.from_pretrained(base, trained / "run/adapter")
-    assert (merged(ids()).logits - adapted(ids()).logits).abs().max() < 1e-5
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    chat = [{"role": "user", "content": "12 + 7 ="}]
-    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|im_start|>user\n12 + 7 =<|im_end|>\n"
-    again = run_recipe(
-        "merge", "--model", trained / "base", "--quantize", "nf4", "--output", tmp_path / "merged", check=False
-    )
-    assert again.returncode == 2 and "exists" in again.stderr
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -199,38 +180,14 @@ def test_a_pad_token_beyond_the_embedding_is_no_matter(tmp_path):
 
 
 def test_the_template_that_was_trained_with_goes_along(trained, tmp_path):
-    flags = [
-        "--model",
-        trained / "base",
-        "--data",
-        trained / "rows.jsonl",
-        "--chat-format",
-        "vicuna",
-        "--max-steps",
-        "1",
-    ]
+    flags = ["--model", trained / "base", "--data", trained / "rows.jsonl"]
+    flags += ["--chat-format", "vicuna", "--max-steps", "1"]
     run_recipe("full_finetune", *flags, "--output", tmp_path / "full", "--device", "cpu")
     run_recipe("lora_finetune", *flags, "--output", tmp_path / "lora", "--device", "cpu")
     adapter = tmp_path / "lora/adapter"
     run_recipe("merge", "--model", trained / "base", "--adapter", adapter, "--output", tmp_path / "merged")
     for folder in (tmp_path / "full/model", adapter, tmp_path / "merged"):
         assert (folder / "chat_template.jinja").read_text() == TEMPLATES["vicuna"]
-
-
-def test_adapters_that_are_not_plain_lora_are_refused(trained, tmp_path):
-    """Their tensors look the same; added to the published base they would give other outputs than in peft."""
-    base = AutoModelForCausalLM.from_pretrained(trained / "base")
-    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
-    get_peft_model(base, config).save_pretrained(tmp_path / "pissa")
-    with pytest.raises(ValueError, match="pissa.*base weights"):
-        read_adapter(tmp_path / "pissa")
-    settings = json.loads((tmp_path / "pissa/adapter_config.json").read_text()) | {"init_lora_weights": True}
-    (tmp_path / "pissa/adapter_config.json").write_text(json.dumps(settings))
-    assert list(read_adapter(tmp_path / "pissa")[0]) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
-    del settings["lora_alpha"]
-    (tmp_path / "pissa/adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="lora_alpha"):
-        read_adapter(tmp_path / "pissa")
 
 
 def test_evaluate_prints_valid_json_for_a_broken_model(tmp_path):

@@ -5,11 +5,10 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from checkpointing.adapters import load_adapter, save_adapter
+from checkpointing.adapters import save_adapter
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from models import build_model
 from modules.adapters.methods import add_method
@@ -149,7 +148,7 @@ def test_over_nf4_with_what_quantising_again_would_do(tmp_path, name):
         assert found["worst_of_weight"] == pytest.approx(max(of_weight.values()), rel=1e-4)
 
 
-def test_modules_trained_whole_and_an_untied_head(tmp_path):
+def test_modules_trained_in_full_and_an_untied_head(tmp_path):
     make_checkpoint(tmp_path / "base", tie_word_embeddings=True)
     model = load(tmp_path / "base")
     add_method(model, "lora", Options(rank=4, targets=("q_proj",)))
@@ -191,35 +190,9 @@ def test_new_tokens_and_an_adapted_embedding(tmp_path, tied):
     assert (logits(merged) - logits(model)).abs().max() < 1e-5 and not merged.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_start_that_peft_took_out_of_the_base(tmp_path, start):
-    reference = make_checkpoint(tmp_path / "base")
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], init_lora_weights=start)
-    theirs = get_peft_model(reference, config)
-    with torch.no_grad():
-        for key, p in theirs.named_parameters():
-            if "lora_B" in key:
-                p.add_(torch.randn_like(p), alpha=0.1)
-    theirs.save_pretrained(tmp_path / "adapter")
-    merge(tmp_path)
-    assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")) - logits(theirs)).abs().max() < 1e-5
-
-
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     make_checkpoint(tmp_path / "base")
     adapter(tmp_path, "lora")
     make_checkpoint(tmp_path / "base", hidden_size=16, intermediate_size=48)
     done = merge(tmp_path, check=False)
     assert done.returncode == 2 and "does not fit this model" in done.stderr and not (tmp_path / "merged").exists()
-
-
-def test_peft_agrees(tmp_path):
-    make_checkpoint(tmp_path / "base")
-    adapter(tmp_path, "dora")
-    merge(tmp_path)
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert (logits(merged) - logits(theirs)).abs().max() < 1e-5
-    opened = load(tmp_path / "base")
-    load_adapter(opened, tmp_path / "adapter")
-    assert (logits(merged) - logits(opened)).abs().max() < 1e-5

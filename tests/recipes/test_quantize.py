@@ -1,4 +1,4 @@
-"""Every kind of frozen base by the recipes: --quantize int8, int4, float8 (NF4 is in test_measures.py)."""
+"""Every kind of frozen base by the recipes: --quantize int8, int4, float8 (NF4: test_memory_options.py)."""
 
 import json
 
@@ -10,13 +10,6 @@ from recipes.benchmarks import quantizers
 from tests.tiny import ROOT, losses, make_checkpoint, read_metrics, run_recipe, sums, write_rows
 
 KINDS = ("int8", "int4", "float8")
-MEASURES = {
-    "fast": ("--activations", "fast"),
-    "offload": ("--activations", "offload"),
-    "by hand, lean": ("--fused", "--activations", "lean"),
-    "streamed": ("--weights", "stream"),
-    "streamed by hand, from disk": ("--weights", "disk", "--fused", "--activations", "offload"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +17,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantize")
     make_checkpoint(folder / "base")
     write_rows(folder / "rows.jsonl", sums(24))
-    for kind in KINDS:
+    for kind in (*KINDS, "nf4"):
         run_recipe("merge", "--model", folder / "base", "--output", folder / kind, "--quantize", kind)
     return folder
 
@@ -51,7 +44,7 @@ def plain(base):
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "nf4"])
 def test_equals_lora_over_the_dequantised_folder(base, plain, tmp_path, kind):
     train(base, tmp_path / "dense", model=kind)
     assert losses(tmp_path / "dense") == pytest.approx(losses(plain(kind)), rel=1e-5)
@@ -77,14 +70,6 @@ def test_what_is_saved_opens(base, plain, tmp_path, kind):
         assert found == pytest.approx(expected, rel=1e-5)
     generate = ("generate", "--model", base / "base", "--adapter", adapter, "--quantize", kind, "--device", "cpu")
     run_recipe(*generate, "--prompt", "3 + 6 =", "--raw", "--max-new-tokens", "3")
-
-
-@pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_under_memory_measures(base, plain, tmp_path, kind, measure):
-    done = train(base, tmp_path / "run", "--quantize", kind, *MEASURES[measure])
-    assert losses(tmp_path / "run") == pytest.approx(losses(plain(kind)), rel=1e-5)
-    assert ("forward and backward by hand" in done.stderr) == ("--fused" in MEASURES[measure])
 
 
 @pytest.mark.parametrize("kind", KINDS)

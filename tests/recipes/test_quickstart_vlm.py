@@ -23,14 +23,6 @@ from recipes import quickstart_vlm, quickstart_world
 from tests.tiny import ROOT, losses
 
 
-@pytest.fixture
-def keep_threads():
-    """The quickstart takes one thread for its process; here the process goes on with other tests."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def scenes(count, groups=2, held_out=False, seed=0):
     rng = random.Random(seed)
     return [quickstart_world.make_scene(rng, groups, held_out) for _ in range(count)]
@@ -89,7 +81,7 @@ def test_the_start_opens_in_transformers(tmp_path):
     assert len(tokenizer.encode(" three orange triangles bottom right")) == 5
 
 
-def test_an_earlier_quickstart_is_replaced(tmp_path, capsys, keep_threads):
+def test_an_earlier_quickstart_is_replaced(tmp_path, capsys):
     settings = dict(output=tmp_path, train_pictures=40, held_out_pictures=8, epochs=1)
     quickstart_vlm.main(quickstart_vlm.Config(**settings))
     first = losses(tmp_path / "open"), (tmp_path / "answers.jsonl").read_bytes()
@@ -99,6 +91,7 @@ def test_an_earlier_quickstart_is_replaced(tmp_path, capsys, keep_threads):
     assert len(rows) == 4 * 5 + 4 and capsys.readouterr().out.count("24 questions about 8 pictures") == 2
 
 
+@pytest.mark.slow(120)
 def test_the_readme_command_teaches_it_to_see(tmp_path):
     """All of it, as printed; limits are what is promised of it."""
     script = [sys.executable, str(ROOT / "recipes" / "quickstart_vlm.py")]

@@ -5,11 +5,14 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from unittest import mock
 
 import pytest
 
+from checkpointing.run_folder import RunFolder
 from modules.loss import linear_cross_entropy
 from recipes import lora_finetune
 from tests.tiny import ROOT, losses, make_checkpoint, read_metrics, run_recipe, start_recipe, sums, write_rows
@@ -91,14 +94,54 @@ def test_a_signal_ends_the_step_and_saves(base, tmp_path, number):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")  # bit for bit
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_ends_the_run_at_once(base, tmp_path, number):
+    slow = "import os, pathlib, runpy, sys, time; sys.argv = sys.argv[1:]; import data.tokenizers.load as load; "
+    slow += "load.load_tokenizer = lambda _: [pathlib.Path(os.environ['READY']).touch(), time.sleep(60)]; "
+    slow += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", slow, ROOT / "recipes/lora_finetune.py", *arguments(base, tmp_path / "run", *LORA)]
+    environment = os.environ | {"READY": str(tmp_path / "ready")}
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode in (128 + number, -number) and "Traceback" not in stderr, stderr
+    assert not (tmp_path / "run/checkpoints").exists() and not (tmp_path / "run/adapter").exists()
+    run_recipe("lora_finetune", *arguments(base, tmp_path / "run", *LORA), "--max-steps", "1")  # not in the way
+
+
+@pytest.mark.parametrize("module", ["torch", "tyro", "models"])
+def test_ctrl_c_during_the_imports_prints_no_traceback(module, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(name, *_):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt)\n"
+    )
+    command = [sys.executable, ROOT / "recipes/lora_finetune.py", "--help"]
+    for debug in ("", "1"):
+        environment = os.environ | {"PYTHONPATH": str(tmp_path), "HANDTUNE_DEBUG": debug}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode in (130, -signal.SIGINT) and done.stdout == ""
+        assert ("Traceback" in done.stderr) == bool(debug)
+        assert debug or done.stderr == "interrupted\n"
+
+
 @pytest.mark.parametrize("recipe", ["lora_finetune", "full_finetune", "peft_finetune", "pretrain"])
 def test_a_stopped_run_does_not_look_complete(base, tmp_path, recipe):
     def stopped(signum, frame):
         raise AssertionError("the run's own handler comes back")
 
+    def stopped_at_once(run, total_steps, start_loop=RunFolder.start_loop):
+        start_loop(run, total_steps)
+        os.kill(os.getpid(), signal.SIGTERM)
+
     before = signal.signal(signal.SIGTERM, stopped)
     try:
-        with mock.patch("checkpointing.run_folder.RunFolder.cut_metrics", lambda *_: os.kill(os.getpid(), 15)):
+        with mock.patch("checkpointing.run_folder.RunFolder.start_loop", stopped_at_once):
             done = run_recipe(recipe, *arguments(base, tmp_path / "run"), check=False)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -156,20 +199,6 @@ def config(base, output, **extra):
     )
 
 
-def test_another_run_is_not_overwritten(base, tmp_path):
-    lora_finetune.main(config(base, tmp_path / "run"))
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match="--resume"):
-        lora_finetune.main(config(base, tmp_path / "run"))
-    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-
-
-def test_resume_without_a_checkpoint_starts_afresh(base, tmp_path):
-    lora_finetune.main(config(base, tmp_path / "a"))
-    lora_finetune.main(config(base, tmp_path / "b", resume=True))
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
-
-
 def test_the_initial_state_can_be_resumed(base, tmp_path):
     lora_finetune.main(config(base, tmp_path / "whole"))
     lora_finetune.main(dataclasses.replace(config(base, tmp_path / "parts"), max_steps=0))
@@ -188,13 +217,6 @@ def test_a_run_killed_after_its_last_step_evaluates_once(base, tmp_path, monkeyp
         lora_finetune.main(config(base, tmp_path / "run", **settings))
     lora_finetune.main(config(base, tmp_path / "run", resume=True, **settings))
     assert [row["step"] for row in read_metrics(tmp_path / "run") if "eval_loss" in row] == [4]
-
-
-def test_resume_with_other_settings_is_refused(base, tmp_path):
-    lora_finetune.main(config(base, tmp_path / "run", epochs=9))
-    (tmp_path / "run/adapter/adapter_config.json").unlink()
-    with pytest.raises(ValueError, match="lr"):
-        lora_finetune.main(config(base, tmp_path / "run", epochs=9, resume=True, lr=0.1))
 
 
 def test_run_folder_holds_what_the_contract_says(base, tmp_path):

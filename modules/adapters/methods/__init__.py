@@ -1,17 +1,20 @@
-"""The table of parameter-efficient methods. Each is one file that explains it, and holds these functions, which are
-explained here for all of them:
+"""The table of parameter-efficient methods. Each is one file that explains it, and holds these functions:
 
     add(model, options)                    put the method into a model and freeze everything else
     export(model)                          → (fields of PEFT's adapter_config.json, tensors by PEFT's name)
-    opens(config)                          whether an adapter_config.json is this method's
     load(model, config, tensors, dtype)    put a saved adapter into a model; → names of the modules that it changed
+
+and one of these two, unless the method is a plain LoRA on disk,
+
+    PEFT_TYPE = "…"                        the `peft_type` that is this method's alone
+    opens(config)                          whether an adapter_config.json is this method's
 
 and, where the method needs it,
 
     parameter_groups(trainable, lr)        parameters with learning rates of their own, for `build_optimizer(groups=…)`
     prepare_optimizer(model, optimizer)    what it does to gradients before a step
     check(options)                         ValueError for options that it cannot have; needs no model
-    READS = ("rank", …)                    the flags that it reads, if these are not LoRA's
+    READS = ("rank", …)                    the flags that it reads (default: LoRA's)
     VECTORS = True                         it trains vectors only, which weight decay leaves alone
     NEEDS_DENSE = True                     its start is computed from the weights before they are quantised
     NEEDS_RESIDENT = "…"                   why weights cannot be streamed
@@ -27,7 +30,7 @@ from types import ModuleType
 
 from torch import nn
 
-from modules.adapters.lora import check_sizes, lora_layers
+from modules.adapters.lora import check_sizes
 from modules.adapters.options import Options
 
 METHODS = {
@@ -63,7 +66,7 @@ def find_method(name: str) -> ModuleType:
 
 
 def read_by(name: str) -> tuple[str, ...]:
-    """The flags that a method reads, of those that not all of them do."""
+    """The flags that a method reads, apart from those that all methods read."""
     return getattr(find_method(name), "READS", READ_BY_LORA)
 
 
@@ -79,14 +82,18 @@ def check_options(name: str, options: Options) -> None:
 def method_of(config: dict) -> str:
     """The name of the method that wrote this adapter_config.json. ValueError if it is none of ours."""
     for name in METHODS:
-        if find_method(name).opens(config):
+        method = find_method(name)
+        if hasattr(method, "PEFT_TYPE"):
+            found = config.get("peft_type") == method.PEFT_TYPE
+        else:
+            found = hasattr(method, "opens") and method.opens(config)
+        if found:
             return name
     raise ValueError(f"peft_type {config.get('peft_type')!r} with these settings is none of {', '.join(METHODS)}")
 
 
 def add_method(model: nn.Module, name: str, options: Options) -> None:
     """Put a method into a model; the model remembers which, for saving."""
+    check_options(name, options)
     find_method(name).add(model, options)
-    if (options.rank_pattern or options.alpha_pattern) and not lora_layers(model):
-        raise ValueError(f"--rank-pattern and --alpha-pattern are LoRA's: --method {name} has no such layers")
     model.method = name

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from modules.adapters.lora import ALL_LINEAR
 from modules.adapters.options import Options
-from modules.adapters.parts import FrozenLinear, fill, find_saved, find_targets, replace_modules
+from modules.adapters.parts import FrozenLinear, find_saved, find_targets, modules_of, put_in
 from modules.adapters.peft_names import PREFIX, target_modules
 
 KEY = "bitfit_bias"
@@ -48,17 +48,7 @@ class BitFitLinear(FrozenLinear):
 
 def add(model: nn.Module, options: Options) -> list[str]:
     layers = find_targets(model, ALL_LINEAR if options.targets is None else options.targets)
-    model.requires_grad_(False)
-    return replace_modules(model, {name: BitFitLinear(layer, options.dtype) for name, layer in layers.items()})
-
-
-def bitfit_layers(model: nn.Module) -> dict[str, BitFitLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, BitFitLinear)}
-
-
-def merge(model: nn.Module) -> None:
-    """Plain layers with the same outputs (an NF4 base becomes dense)."""
-    replace_modules(model, {name: layer.merged() for name, layer in bitfit_layers(model).items()})
+    return put_in(model, {name: BitFitLinear(layer, options.dtype) for name, layer in layers.items()})
 
 
 def missing_biases(model: nn.Module) -> tuple[dict[str, tuple[int]], dict[str, bool]]:
@@ -67,7 +57,7 @@ def missing_biases(model: nn.Module) -> tuple[dict[str, tuple[int]], dict[str, b
     A Llama has biases on all layers of its attention or on none, and so of its feed-forward: where only some are
     trained the others get zeros. Raises ValueError for a layer that can have none there, such as the head.
     """
-    new = [name for name, layer in bitfit_layers(model).items() if layer.bias is None]
+    new = [name for name, layer in modules_of(model, BitFitLinear).items() if layer.bias is None]
     inside = {f"{name}.": block for name, block in model.named_modules() if any(block is b for b in model.blocks)}
     if wrong := [name for name in new if not name.startswith(tuple(inside))]:
         raise ValueError(f"{', '.join(wrong)} got a bias, for which a Llama's config.json has no word: not mergeable")
@@ -83,7 +73,7 @@ def missing_biases(model: nn.Module) -> tuple[dict[str, tuple[int]], dict[str, b
 
 
 def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
-    layers = bitfit_layers(model)
+    layers = modules_of(model, BitFitLinear)
     targets = target_modules(layers, (name for name, _ in model.named_modules()))
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "lora_bias": True, "target_modules": targets}
     tensors = {}
@@ -101,12 +91,7 @@ def opens(config: dict) -> bool:
 
 def load(model: nn.Module, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
     if config.get("lora_alpha") != config.get("r") or any(t.any() for n, t in tensors.items() if n.endswith(".weight")):
-        raise ValueError(
-            "it is a LoRA with lora_bias, which no method here has; only BitFit, whose A and B are 0, is read"
-        )
+        raise ValueError("it is a LoRA with lora_bias, which no method has; of these only BitFit, A = B = 0, is read")
     biases = {n.replace(".lora_B.bias", f".{KEY}"): t for n, t in tensors.items() if not n.endswith(".weight")}
     layers = find_saved(model, biases, KEY)
-    model.requires_grad_(False)
-    new = {name: BitFitLinear(layer, dtype) for name, layer in layers.items()}
-    fill(new, KEY, biases)
-    return replace_modules(model, new)
+    return put_in(model, {name: BitFitLinear(layer, dtype) for name, layer in layers.items()}, KEY, biases)

@@ -9,7 +9,7 @@ directly and the direction by LoRA (Eq. 5; the paper's columns are rows here, wh
 m starts as ‖W‖ and B as zero, so training starts at the base model, exactly. ‖V‖ is held constant in backward (Sec.
 4.3), which costs nothing in quality and saves the gradient of a norm over [out, in].
 
-‖V‖ needs no [out, in] matrix beside W either, since V's rows differ from W's by a product of rank r. With s = α/r,
+‖V‖ needs no second [out, in] matrix either, since V's rows differ from W's by a product of rank r. With s = α/r,
 
     ‖V‖² = ‖W‖² + 2 s Σ_r (W Aᵀ) ⊙ B + s² Σ_r (B A Aᵀ) ⊙ B        ‖W‖² [out] is computed once
 
@@ -46,9 +46,9 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(norm_squared.sqrt().to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_class.forward(self, x)
+        y = self.frozen(x)
         dropped = self.dropout(x)
-        Wx = self.base_class.forward(self, dropped) if self.training and self.dropout.p else y
+        Wx = self.frozen(dropped) if self.training and self.dropout.p else y
         if self.bias is not None:
             Wx = Wx - self.bias
         a = F.linear(dropped, self.lora_A.weight.to(x.dtype))
@@ -61,7 +61,7 @@ class DoRALinear(LoRALinear):
     def norm(self, dtype: torch.dtype) -> Tensor:
         """‖V‖, [out] float32; `dtype` is that of the product with W."""
         A, B = self.lora_A.weight.float(), self.lora_B.weight.float()
-        WA = self.base_class.forward(self, A.to(dtype))  # [r, out]
+        WA = self.frozen(A.to(dtype))  # [r, out]
         if self.bias is not None:
             WA = WA - self.bias
         cross = (WA.float().t() * B).sum(1)

@@ -13,7 +13,7 @@ seen before, of mean μ and components V (singular values S), and m new rows X o
     [ S Vᵀ ;  X - μ' ;  √(n m / (n + m)) (μ - μ') ]
 
 gives the next ones, so that nothing larger than a batch is ever held. Parameters and cost are LoRA's; on disk it is a
-plain LoRA with a rank for each layer. Use it where data for some batches is at hand, which is always.
+plain LoRA with a rank for each layer.
 """
 
 from collections import Counter
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from modules.adapters import lora_peft
 from modules.adapters.lora import LoRALinear, lora_layers
 from modules.adapters.options import Options
+from modules.adapters.parts import replace_modules
 
 MOST = 2  # ρ: no layer gets more than this times r
 export, load = lora_peft.export, lora_peft.load
@@ -62,7 +63,6 @@ def check(options: Options) -> None:
 
 
 def add(model: nn.Module, options: Options) -> list[str]:
-    check(options)
     if options.batches is None:
         raise ValueError("--method eva begins with training data: it needs options.batches")
     base = dict(model.named_modules())
@@ -72,13 +72,12 @@ def add(model: nn.Module, options: Options) -> list[str]:
     ranked = sorted(((share, name) for name, pca in found.items() for share in pca.shares()), reverse=True)
     ranks = Counter(name for _, name in ranked[: options.rank * len(layers)])
     for name, layer in layers.items():
-        parent, _, leaf = name.rpartition(".")
         if rank := ranks[name]:
             alpha = options.alpha * rank / options.rank
             layer = LoRALinear(layer, rank, alpha, options.dropout, options.dtype)
             with torch.no_grad():
                 layer.lora_A.weight.copy_(found[name].Vt[:rank])
-        setattr(model.get_submodule(parent), leaf, layer)
+        replace_modules(model, {name: layer})
     return [name for name in names if name not in layers or ranks[name]]
 
 
@@ -105,7 +104,3 @@ def components(model: nn.Module, layers: dict[str, nn.Module], batches, componen
     if not found:
         raise ValueError("--method eva: there are no batches to begin with, or none reaches the target layers")
     return found
-
-
-def opens(config: dict) -> bool:
-    return False  # on disk it is a plain LoRA

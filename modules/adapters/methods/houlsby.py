@@ -42,5 +42,5 @@ class HoulsbyLinear(FrozenLinear):
 
 add = partial(bottleneck.add, layer=HoulsbyLinear)
 export = partial(bottleneck.export, layer=HoulsbyLinear)
-opens = partial(bottleneck.opens, layer=HoulsbyLinear)
+PEFT_TYPE = HoulsbyLinear.peft_type
 load = partial(bottleneck.load, layer=HoulsbyLinear)

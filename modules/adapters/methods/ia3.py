@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from modules.adapters.options import Options
-from modules.adapters.parts import FrozenLinear, fill, find_saved, find_targets, replace_modules, tensors_of
+from modules.adapters.parts import FrozenLinear, find_saved, find_targets, modules_of, put_in, tensors_of
 from modules.adapters.peft_names import PREFIX, target_modules
 
 TARGETS = ("k_proj", "v_proj", "down_proj")
 INPUT_SCALED = ("down_proj",)
 KEY = "ia3_l"
+PEFT_TYPE = "IA3"
 READS = ("targets",)
 VECTORS = True
 
@@ -56,27 +57,15 @@ class IA3Linear(FrozenLinear):
 
 def add(model: nn.Module, options: Options) -> list[str]:
     layers = find_targets(model, TARGETS if options.targets is None else options.targets)
-    model.requires_grad_(False)
-    new = {
-        name: IA3Linear(layer, name.rpartition(".")[2] in INPUT_SCALED, options.dtype) for name, layer in layers.items()
-    }
-    return replace_modules(model, new)
-
-
-def ia3_layers(model: nn.Module) -> dict[str, IA3Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, IA3Linear)}
-
-
-def merge(model: nn.Module) -> None:
-    """Plain layers with the same outputs (an NF4 base becomes dense)."""
-    replace_modules(model, {name: layer.merged() for name, layer in ia3_layers(model).items()})
+    of_inputs = {name: name.rpartition(".")[2] in INPUT_SCALED for name in layers}
+    return put_in(model, {name: IA3Linear(layer, of_inputs[name], options.dtype) for name, layer in layers.items()})
 
 
 # On disk a vector that scales inputs is [1, in], one that scales outputs [out, 1]: that says which it is.
 
 
 def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
-    layers = ia3_layers(model)
+    layers = modules_of(model, IA3Linear)
     inputs = [name for name, layer in layers.items() if layer.scales_input]
     outputs = [name for name in layers if name not in inputs]
     targets = target_modules(layers, (name for name, _ in model.named_modules()))
@@ -85,7 +74,7 @@ def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     )
     if of_inputs & of_outputs:  # a short name stands for layers of both sorts
         targets, of_inputs = sorted(layers), inputs
-    config = {"peft_type": "IA3", "target_modules": targets, "feedforward_modules": sorted(of_inputs)}
+    config = {"peft_type": PEFT_TYPE, "target_modules": targets, "feedforward_modules": sorted(of_inputs)}
     config |= {"fan_in_fan_out": False, "init_ia3_weights": True, "modules_to_save": None}
     tensors = tensors_of(layers, KEY)
     for name, layer in layers.items():
@@ -94,16 +83,10 @@ def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     return config, tensors
 
 
-def opens(config: dict) -> bool:
-    return config.get("peft_type") == "IA3"
-
-
 def load(model: nn.Module, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
     layers = find_saved(model, tensors, KEY)
     if wrong := [f"{name} {tuple(t.shape)}" for name, t in tensors.items() if t.ndim != 2 or 1 not in t.shape]:
         raise ValueError(f"expected vectors of shape [1, in] or [out, 1], got {', '.join(wrong)}")
-    model.requires_grad_(False)
     of_inputs = {name: tensors[f"{PREFIX}{name}.{KEY}"].shape[0] == 1 for name in layers}
     new = {name: IA3Linear(layer, of_inputs[name], dtype) for name, layer in layers.items()}
-    fill(new, KEY, {name: tensor.flatten() for name, tensor in tensors.items()})
-    return replace_modules(model, new)
+    return put_in(model, new, KEY, {name: tensor.flatten() for name, tensor in tensors.items()})

@@ -16,18 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from modules.adapters.options import Options
-from modules.adapters.parts import fill, find_saved, find_targets, replace_modules, tensors_of
+from modules.adapters.parts import find_saved, find_targets, modules_of, put_in, tensors_of
 from modules.adapters.peft_names import target_modules
 from modules.norm import RMSNorm
 
 TARGETS = ("input_layernorm", "post_attention_layernorm", "norm")
 KEY = "ln_tuning_layers"
+PEFT_TYPE = "LN_TUNING"
 READS = ("targets",)
 VECTORS = True
 
 
 class TunedNorm(RMSNorm):
-    """A frozen RMSNorm beside a trained copy of it, which is used."""
+    """A frozen RMSNorm and a trained copy of it, which does the work."""
 
     def __init__(self, base: RMSNorm, dtype: torch.dtype):
         nn.Module.__init__(self)
@@ -53,33 +54,17 @@ class TunedNorm(RMSNorm):
 
 
 def add(model: nn.Module, options: Options) -> list[str]:
-    norms = find_targets(model, TARGETS if options.targets is None else options.targets, RMSNorm)
-    model.requires_grad_(False)
-    return replace_modules(model, {name: TunedNorm(norm, options.dtype) for name, norm in norms.items()})
-
-
-def tuned_norms(model: nn.Module) -> dict[str, TunedNorm]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, TunedNorm)}
-
-
-def merge(model: nn.Module) -> None:
-    replace_modules(model, {name: norm.merged() for name, norm in tuned_norms(model).items()})
+    norms = find_targets(model, TARGETS if options.targets is None else options.targets, RMSNorm, "norm")
+    return put_in(model, {name: TunedNorm(norm, options.dtype) for name, norm in norms.items()})
 
 
 def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
-    norms = tuned_norms(model)
+    norms = modules_of(model, TunedNorm)
     targets = target_modules(norms, (name for name, _ in model.named_modules()))
-    config = {"peft_type": "LN_TUNING", "target_modules": targets, "modules_to_save": None}
+    config = {"peft_type": PEFT_TYPE, "target_modules": targets, "modules_to_save": None}
     return config, tensors_of(norms, KEY)
 
 
-def opens(config: dict) -> bool:
-    return config.get("peft_type") == "LN_TUNING"
-
-
 def load(model: nn.Module, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
-    norms = find_saved(model, tensors, KEY, RMSNorm)
-    model.requires_grad_(False)
-    new = {name: TunedNorm(norm, dtype) for name, norm in norms.items()}
-    fill(new, KEY, tensors)
-    return replace_modules(model, new)
+    norms = find_saved(model, tensors, KEY, RMSNorm, "norm")
+    return put_in(model, {name: TunedNorm(norm, dtype) for name, norm in norms.items()}, KEY, tensors)

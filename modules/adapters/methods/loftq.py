@@ -21,6 +21,7 @@ from modules.adapters import lora_peft
 from modules.adapters.lora import lora_layers
 from modules.adapters.options import Options
 from modules.adapters.parts import truncated_svd
+from modules.quantization.quantize import stored_as
 
 NEEDS_DENSE = True
 
@@ -29,11 +30,9 @@ export = lora_peft.export
 
 def loftq(W: Tensor, rank: int, kind: type[nn.Linear], iterations: int = 1) -> tuple[nn.Linear, Tensor, Tensor]:
     """The quantised layer, A [r, in] and B [out, r] with Q + B A ≈ W, all from W [out, in] (Alg. 1)."""
-    dense = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
     low_rank = torch.zeros_like(W, dtype=torch.float32)
     for _ in range(iterations):
-        dense.weight = nn.Parameter((W.float() - low_rank).to(W.dtype), requires_grad=False)
-        quantised = kind.from_linear(dense)
+        quantised = stored_as(kind, (W.float() - low_rank).to(W.dtype))
         U, S, Vt = truncated_svd(W.float() - quantised.dense_weight().float(), rank)
         root = S.sqrt()
         A, B = root[:, None] * Vt, U * root
@@ -48,7 +47,6 @@ def check(options: Options) -> None:
 
 @torch.no_grad()
 def add(model: nn.Module, options: Options) -> list[str]:
-    check(options)
     names = lora_peft.add(model, options)
     for name, layer in lora_layers(model).items():
         if hasattr(layer.base_class, "dense_weight"):

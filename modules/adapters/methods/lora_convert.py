@@ -8,7 +8,7 @@
 
 The best approximation of Δ by rank r keeps its r largest singular values (Eckart and Young): with Δ = U S Vᵀ
 
-    A = V[:r]ᵀ   B = U[:r] S[:r]   ‖Δ - B A‖² = Σ S[r:]²        which says what is lost before anybody computes with it
+    A = V[:r]ᵀ   B = U[:r] S[:r]   ‖Δ - B A‖² = Σ S[r:]²        so the error is known in advance
 """
 
 import torch

@@ -40,10 +40,6 @@ def add(model: nn.Module, options: Options) -> list[str]:
     return names
 
 
-def opens(config: dict) -> bool:
-    return False  # on disk it is a plain LoRA
-
-
 def load(model: nn.Module, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
     names = lora_peft.load(model, config, tensors, dtype)
     freeze_A(model)

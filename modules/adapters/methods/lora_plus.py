@@ -18,10 +18,6 @@ RATIO = 16.0  # λ
 add, export, load = lora_peft.add, lora_peft.export, lora_peft.load
 
 
-def opens(config: dict) -> bool:
-    return False  # on disk it is a plain LoRA
-
-
 def parameter_groups(trainable: dict[str, nn.Parameter], lr: float, ratio: float = RATIO) -> list[dict]:
     """The named parameters for `build_optimizer(groups=…)`: λ · lr for B and for vectors, as PEFT groups them.
 

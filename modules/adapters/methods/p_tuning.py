@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from modules.adapters import virtual_tokens
 from modules.adapters.options import Options
-from modules.adapters.virtual_tokens import KEY, Table, add_embedding, check_count, check_encoder, config_of, read_table
+from modules.adapters.virtual_tokens import KEY, add_embedding, check_count, check_encoder, config_of, load_prompt
 
+PEFT_TYPE = "P_TUNING"
 VIRTUAL_TOKENS = True
 READS = ("num_virtual_tokens", "prompt_encoder", "encoder_size", "dropout")  # this one with the LSTM
 LSTM_LAYERS = 2
+
+load = load_prompt
 
 
 class PromptEncoder(nn.Module):
@@ -79,13 +82,4 @@ def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     if isinstance(prompt, PromptEncoder):
         network = {"encoder_reparameterization_type": prompt.kind.upper(), "encoder_hidden_size": prompt.size}
         network |= {"encoder_num_layers": LSTM_LAYERS, "encoder_dropout": prompt.dropout}
-    return config_of(model, "P_TUNING") | network, {KEY: table.detach()}
-
-
-def opens(config: dict) -> bool:
-    return config.get("peft_type") == "P_TUNING"
-
-
-def load(model: nn.Module, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
-    rows = read_table(model, config, tensors, model.config.hidden_size)
-    return add_embedding(model, len(rows), Table(rows, dtype))
+    return config_of(model, PEFT_TYPE) | network, {KEY: table.detach()}

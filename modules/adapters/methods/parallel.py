@@ -1,4 +1,4 @@
-"""Parallel adapters: a bottleneck beside the feed-forward (arXiv:2110.04366, Sec. 3.3 and Table 1).
+"""Parallel adapters: a bottleneck next to the feed-forward (arXiv:2110.04366, Sec. 3.3 and Table 1).
 
     y = x' + feed_forward(n) + s · (W_up relu(W_down n + b_down) + b_up)        n = norm(x'),  s = α/r
 
@@ -14,10 +14,11 @@ tunes s and uses 4, which is `--alpha` four times `--rank`. Not mergeable, but i
 from functools import partial
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from modules.adapters import bottleneck
 from modules.adapters.options import Options
+from modules.adapters.parts import adopt, adopted
 from modules.feed_forward import FeedForward
 
 READS = ("rank", "alpha", "dropout", "targets")
@@ -29,9 +30,7 @@ class ParallelFeedForward(FeedForward):
     replaces, targets, peft_type = FeedForward, ("mlp",), "PARALLEL_ADAPTER"
 
     def __init__(self, base: FeedForward, options: Options):
-        nn.Module.__init__(self)
-        self.gate_proj, self.up_proj, self.down_proj = base.gate_proj, base.up_proj, base.down_proj
-        self.activation = base.activation
+        adopt(self, base)
         self.requires_grad_(False)
         dim, device = base.gate_proj.in_features, base.gate_proj.weight.device
         scale = options.alpha / options.rank
@@ -42,14 +41,10 @@ class ParallelFeedForward(FeedForward):
         return super().forward(x) + self.adapter(x)
 
     def base_layer(self) -> FeedForward:
-        base = FeedForward.__new__(FeedForward)
-        nn.Module.__init__(base)
-        base.gate_proj, base.up_proj, base.down_proj = self.gate_proj, self.up_proj, self.down_proj
-        base.activation = self.activation
-        return base
+        return adopted(self, FeedForward, without="adapter")
 
 
 add = partial(bottleneck.add, layer=ParallelFeedForward)
 export = partial(bottleneck.export, layer=ParallelFeedForward)
-opens = partial(bottleneck.opens, layer=ParallelFeedForward)
+PEFT_TYPE = ParallelFeedForward.peft_type
 load = partial(bottleneck.load, layer=ParallelFeedForward)

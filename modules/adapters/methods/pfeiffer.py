@@ -26,5 +26,5 @@ class PfeifferLinear(HoulsbyLinear):
 
 add = partial(bottleneck.add, layer=PfeifferLinear)
 export = partial(bottleneck.export, layer=PfeifferLinear)
-opens = partial(bottleneck.opens, layer=PfeifferLinear)
+PEFT_TYPE = PfeifferLinear.peft_type
 load = partial(bottleneck.load, layer=PfeifferLinear)

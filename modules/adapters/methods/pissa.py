@@ -10,12 +10,12 @@ Shapes and parameter count are LoRA's. It converges faster and ends lower than L
 weight at the start, seconds per large matrix. Over a 4-bit base W_res is what is quantised: without its largest part
 it has a narrower distribution, and the error is smaller than that of QLoRA (Sec. 4). Use it with α = r.
 
-By definition this changes the frozen weight, so what is saved is not A and B, but what they have become since the
-start, as a plain LoRA of rank 2 r over the published base (App. C; alpha doubles with the rank):
+This changes the frozen weight, so A and B alone are not saved, but their change since the start, as a plain LoRA of
+rank 2 r over the published base (App. C; alpha doubles with the rank):
 
     s · B A - s · B₀ A₀ = s · [B, -B₀] [A; A₀]
 
-over which peft and vLLM need to know nothing. (Where W_res was quantised, its quantisation error is not in there.)
+which peft and vLLM open as it is. (Where W_res was quantised, its quantisation error is not included.)
 The base, A₀ and B₀ follow from W alone: a resumed run computes them again and reads A and B from its checkpoint.
 """
 

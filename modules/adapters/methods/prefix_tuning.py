@@ -30,10 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.adapters.options import Options
-from modules.adapters.parts import replace_modules
+from modules.adapters.parts import adopt, adopted, replace_modules
 from modules.adapters.virtual_tokens import KEY, Table, add_embedding, check_start, config_of, read_table, start_ids
 from modules.attention import Attention, SequenceLayout, padded_layout
 
+PEFT_TYPE = "PREFIX_TUNING"
 VIRTUAL_TOKENS = True  # tells the recipes to put n placeholders in front of every row
 READS = ("num_virtual_tokens", "prompt_init", "prompt_text", "prompt_encoder", "encoder_size")
 
@@ -42,18 +43,12 @@ class PrefixAttention(Attention):
     """Attention in which the first n tokens of every document have the keys and values `prefix()`, [n, 2 · K · H]."""
 
     def __init__(self, base: Attention, prefix: nn.Module):
-        nn.Module.__init__(self)  # not Attention's: it would make four new layers, and the base's are taken over
-        self.head_dim = base.head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = base.q_proj, base.k_proj, base.v_proj, base.o_proj
+        adopt(self, base)  # Attention's own __init__ would make four new layers
         self.prefix = prefix.to(base.q_proj.weight.device)
         self.train(base.training)
 
     def base_layer(self) -> Attention:
-        base = Attention.__new__(Attention)
-        nn.Module.__init__(base)
-        base.head_dim = self.head_dim
-        base.q_proj, base.k_proj, base.v_proj, base.o_proj = self.q_proj, self.k_proj, self.v_proj, self.o_proj
-        return base
+        return adopted(self, Attention, without="prefix")
 
     def keys_and_values(self, x: Tensor, cos: Tensor, sin: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         k_BKTH, v_BKTH = super().keys_and_values(x, cos, sin, layout)
@@ -96,7 +91,6 @@ def check(options: Options) -> None:
 
 
 def add(model: nn.Module, options: Options) -> list[str]:
-    check(options)
     ids, width = start_ids(model, options), kv_width(model)
     count = options.num_virtual_tokens
     if options.prompt_encoder == "mlp":
@@ -133,11 +127,7 @@ def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     config = {"token_dim": kv_width(model), "num_attention_heads": model.config.num_key_value_heads}
     config |= {"prefix_projection": False, "encoder_hidden_size": None}
     table = torch.cat([block.self_attn.prefix() for block in model.blocks], dim=1)  # [n, layers · 2 · K · H]
-    return config_of(model, "PREFIX_TUNING") | config, {KEY: table}
-
-
-def opens(config: dict) -> bool:
-    return config.get("peft_type") == "PREFIX_TUNING"
+    return config_of(model, PEFT_TYPE) | config, {KEY: table}
 
 
 def load(model: nn.Module, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:

@@ -26,14 +26,16 @@ from modules.adapters.virtual_tokens import (
     add_embedding,
     check_start,
     config_of,
-    read_table,
+    load_prompt,
     start_ids,
 )
 
+PEFT_TYPE = "PROMPT_TUNING"
 VIRTUAL_TOKENS = True
 READS = ("num_virtual_tokens", "prompt_init", "prompt_text")
 
 check = check_start
+load = load_prompt
 
 
 @torch.no_grad()
@@ -48,14 +50,5 @@ def add(model: nn.Module, options: Options) -> list[str]:
 
 
 def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
-    config = config_of(model, "PROMPT_TUNING") | {"prompt_tuning_init": "RANDOM"}  # PEFT then needs no tokenizer
+    config = config_of(model, PEFT_TYPE) | {"prompt_tuning_init": "RANDOM"}  # PEFT then needs no tokenizer
     return config, {KEY: model.model.embed_tokens.prompt().detach()}
-
-
-def opens(config: dict) -> bool:
-    return config.get("peft_type") == "PROMPT_TUNING"
-
-
-def load(model: nn.Module, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
-    rows = read_table(model, config, tensors, model.config.hidden_size)
-    return add_embedding(model, len(rows), Table(rows, dtype))

@@ -29,10 +29,7 @@ class RSLoRAEmbedding(LoRAEmbedding):
 
 class RSLoRALinear(LoRALinear):
     embedding = RSLoRAEmbedding
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank**0.5
+    scaling = RSLoRAEmbedding.scaling
 
 
 add = partial(lora_peft.add, layer=RSLoRALinear)

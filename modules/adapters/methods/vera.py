@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from modules.adapters.lora import add_lora
 from modules.adapters.options import Options
-from modules.adapters.parts import FrozenLinear, fill, find_saved, tensors_of
+from modules.adapters.parts import FrozenLinear, fill, find_saved, modules_of, tensors_of
 from modules.adapters.peft_names import target_modules
 
 SEED = 0  # PEFT's projection_prng_key
 D_START = 0.1
+PEFT_TYPE = "VERA"
 READS = ("rank", "dropout", "targets")
 VECTORS = True
 
@@ -54,7 +55,7 @@ class VeRALinear(FrozenLinear):
 
 
 def add(model: nn.Module, options: Options) -> list[str]:
-    """Options as for LoRA; there is no alpha, whose part b plays."""
+    """Options as for LoRA; there is no alpha: b takes its place."""
     sizes = dict(rank=options.rank, dropout=options.dropout, targets=options.targets, dtype=options.dtype)
     names = add_lora(model, **sizes, layer=VeRALinear)
     share(model, *projections(model, SEED))
@@ -63,7 +64,7 @@ def add(model: nn.Module, options: Options) -> list[str]:
 
 def projections(model: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
     """A and B, large enough for the largest layer, number for number those that peft draws from this seed."""
-    layers = vera_layers(model).values()
+    layers = modules_of(model, VeRALinear).values()
     rank = next(iter(layers)).rank
     generator = torch.Generator().manual_seed(seed)
     A = torch.empty(rank, max(layer.in_features for layer in layers))
@@ -72,19 +73,15 @@ def projections(model: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def share(model: nn.Module, A: Tensor, B: Tensor) -> None:
-    layers = vera_layers(model)
+    layers = modules_of(model, VeRALinear)
     device = next(iter(layers.values())).weight.device
     A, B = A.float().to(device), B.float().to(device)
     for layer in layers.values():
         layer.share(A, B)
 
 
-def vera_layers(model: nn.Module) -> dict[str, VeRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, VeRALinear)}
-
-
 def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
-    layers = vera_layers(model)
+    layers = modules_of(model, VeRALinear)
     tensors = tensors_of(layers, "vera_lambda_")
     # A and B go along if our seed does not give them: an opened adapter may have had another one, or another system's.
     A = max((layer.vera_A for layer in layers.values()), key=lambda A: A.shape[1]).cpu()
@@ -94,7 +91,7 @@ def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
         tensors |= {"base_model.vera_A": A, "base_model.vera_B": B}
     first = next(iter(layers.values()))
     config = {
-        "peft_type": "VERA",
+        "peft_type": PEFT_TYPE,
         "r": first.rank,
         "target_modules": target_modules(layers, (name for name, _ in model.named_modules())),
         "projection_prng_key": SEED,
@@ -109,17 +106,13 @@ def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     return config, tensors
 
 
-def opens(config: dict) -> bool:
-    return config.get("peft_type") == "VERA"
-
-
 def load(model: nn.Module, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
     if found := [key for key in ("modules_to_save", "fan_in_fan_out") if config.get(key)]:
         raise ValueError(f"it uses {', '.join(found)}, which VeRA does not have here")
     scales = {key: tensor for key, tensor in tensors.items() if ".vera_lambda_" in key}
     names = list(find_saved(model, scales, "vera_lambda_"))
     add_lora(model, rank=config["r"], targets=names, dtype=dtype, layer=VeRALinear)
-    fill(vera_layers(model), "vera_lambda_", scales)
+    fill(tensors_of(modules_of(model, VeRALinear), "vera_lambda_"), scales)
     stored = (tensors.get("base_model.vera_A"), tensors.get("base_model.vera_B"))
     share(model, *(projections(model, config["projection_prng_key"]) if stored[0] is None else stored))
     return names

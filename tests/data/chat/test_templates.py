@@ -141,7 +141,7 @@ def pieces(rendered) -> list[str]:
     return [rendered.text[start:end] for start, end in rendered.spans]
 
 
-def test_places_by_hand():
+def test_places_word_by_word():
     short = located(CHATML, CHATS["short"])
     assert pieces(short) == ["a", "<|im_end|>", "a", "<|im_end|>"]
     first = len("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n")  # and not the "a" of "assistant"
@@ -222,14 +222,14 @@ def test_turns_without_an_end():
     assert located(begins, CHATS["two turns"], bos_token="</s>").unended == 0  # one token for both, as in GPT-2
 
 
-HAND_WRITTEN = {"llama2": LLAMA2, "llama3": LLAMA3, "chatml": CHATML, "vicuna": VICUNA, "llava": VICUNA}
+WRITTEN_OUT = {"llama2": LLAMA2, "llama3": LLAMA3, "chatml": CHATML, "vicuna": VICUNA, "llava": VICUNA}
 
 
-@pytest.mark.parametrize("name", HAND_WRITTEN)
-def test_hand_written_formats_equal_the_published(name):
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_written_out_formats_equal_the_published(name):
     bos = {"llama3": "<|begin_of_text|>", "chatml": None}.get(name, "<s>")
     tokenizer = TinyTokenizer(bos=bos, adds_bos=bos is not None)
-    oracle = tokenizer.oracle(HAND_WRITTEN[name])
+    oracle = tokenizer.oracle(WRITTEN_OUT[name])
     ours = load_chat_template("no such folder", tokenizer, name)
     assert ours.name == name
     compared = 0
@@ -245,23 +245,12 @@ def test_hand_written_formats_equal_the_published(name):
     assert [piece for piece in pieces(rendered)][::2] == ["world", "the answer"] and rendered.unended == 0
 
 
-def test_hand_written_formats_letter_by_letter():
+def test_chatml_begins_with_a_bos_and_llama2_refuses_what_it_cannot_say():
     bos = TinyTokenizer(bos="<s>", eos="</s>")
     messages = [{"role": "system", "content": "S"}, *chat("Q", "A", "R")]
-
-    def text(name, **options):
-        return load_chat_template("no such folder", bos, name).render(messages, **options)
-
-    assert text("llama2") == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A </s><s>[INST] R [/INST]"
-    assert text("chatml") == (
+    assert load_chat_template("no such folder", bos, "chatml").render(messages) == (
         "<s><|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
         "<|im_start|>user\nR<|im_end|>\n"
-    )
-    assert text("vicuna", add_generation_prompt=True) == "<s>S USER: Q ASSISTANT: A</s>USER: R ASSISTANT:"
-    assert text("llama3", add_generation_prompt=True) == (
-        "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
-        "Q<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nR<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     )
     with pytest.raises(ValueError, match="user and assistant messages in turn"):
         load_chat_template("no such folder", bos, "llama2").render(CHATS["two assistants"])
@@ -315,7 +304,7 @@ def test_auto_picks_by_special_tokens(tmp_path):
     assert load_chat_template(tmp_path, tokenizer).name == "llama2"
     tokenizer.bos_id = tokenizer.special_tokens["<|begin_of_text|>"]
     assert load_chat_template(tmp_path, tokenizer) is None
-    assert set(TEMPLATES) == set(HAND_WRITTEN)
+    assert set(TEMPLATES) == set(WRITTEN_OUT)
 
 
 REAL = os.environ.get("HANDTUNE_TEST_DATA")

@@ -59,6 +59,7 @@ ORACLES = {
 }
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", ORACLES)
 def test_pixel_values_of_all_sizes(tmp_path, name):
     side, make = ORACLES[name]

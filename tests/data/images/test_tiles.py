@@ -18,6 +18,7 @@ from data.images.load import load_image_processor
 from data.images.tiles import marks
 from data.rows import encode_row
 from tests.data.images.test_load import MODES
+from tests.data.images.test_rows import image, text, user
 from tests.data.images.tiny_tiles import TOKENS, config, parts, smolvlm_processor
 from tests.data.images.tiny_vision import draw
 from tests.tiny import test_data
@@ -79,6 +80,7 @@ def test_every_mode_becomes_rgb_as_in_transformers(tmp_path, name):
     check_image(oracle, ours(oracle, tmp_path), MODES[name]())
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", ["dog.jpg", "pasta.jpeg"])
 @pytest.mark.parametrize("oracle", LARGE)
 def test_photos(tmp_path, name, oracle):
@@ -86,6 +88,7 @@ def test_photos(tmp_path, name, oracle):
     assert check_image(oracle, ours(oracle, tmp_path), photo) > 9
 
 
+@pytest.mark.slow(2)
 def test_no_side_becomes_longer_than_4096(tmp_path):
     oracle = Idefics3ImageProcessorPil(size={"longest_edge": 5000}, max_image_size={"longest_edge": 1024})
     for size in ((9, 1), (1, 9)):
@@ -122,18 +125,6 @@ def test_ids_are_those_of_the_processor(text, split):
     assert ids == expected and len(places) == len(ids)
     tiles = sum(len(processor.cut(image)) for image in images)
     assert ids.count(processor.token_id) == tiles * TOKENS and (tiles > len(images)) == split
-
-
-def user(*content):
-    return {"role": "user", "content": list(content)}
-
-
-def text(words):
-    return {"type": "text", "text": words}
-
-
-def image(path):
-    return {"type": "image", "path": path}
 
 
 CHATS = {
@@ -233,9 +224,7 @@ def test_datasets_count_tiles_and_never_cut_an_image(pictures):
     (pictures / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def load(seq_len):
-        return load_dataset(
-            pictures / "rows.jsonl", tokenizer, template, seq_len=seq_len, image_processor=processor, progress=False
-        )
+        return load_dataset(pictures / "rows.jsonl", tokenizer, template, seq_len=seq_len, image_processor=processor)
 
     dataset = load(None)
     assert dataset.report.lines()[1] == "4 images in 28 tiles of 4 tokens each among them"
@@ -335,9 +324,6 @@ def test_tokenizer_and_model_must_agree():
         special_tokens = {"<image>": processor.token_id}
 
     with pytest.raises(ValueError, match="the tokenizer has no token <fake_token_around_image>"):
-        processor.check_tokenizer(Tokenizer)
-    Tokenizer.special_tokens = {"<image>": 7}
-    with pytest.raises(ValueError, match="is token 7: tokenizer and model do not match"):
         processor.check_tokenizer(Tokenizer)
 
 

@@ -46,12 +46,8 @@ def smolvlm_processor(split: bool = True) -> Idefics3Processor:
 def config(**overrides) -> dict:
     vision = {"model_type": "idefics3_vision", "image_size": TILE, "patch_size": PATCH}
     token = smolvlm_processor().image_token_id
-    return {
-        "model_type": "idefics3",
-        "vision_config": vision,
-        "image_token_id": token,
-        "scale_factor": SCALE,
-    } | overrides
+    own = {"model_type": "idefics3", "vision_config": vision, "image_token_id": token, "scale_factor": SCALE}
+    return own | overrides
 
 
 @cache

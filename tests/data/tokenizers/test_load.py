@@ -67,6 +67,7 @@ def llama3_oracle() -> tokenizers.Tokenizer:
     return oracle
 
 
+@pytest.mark.slow(3)
 @needs_data
 def test_llama3(tmp_path):
     oracle = llama3_oracle()
@@ -74,8 +75,8 @@ def test_llama3(tmp_path):
     from_ranks = load_tokenizer(LLAMA3)
     assert from_json.model.encoding is not None  # 280,147 rules, and tiktoken proven equal to them
     special = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|reserved_special_token_247|>"]
-    assert_same(from_json, oracle, random_strings(10_000, special))
-    for text in random_strings(10_000, special):
+    assert_same(from_json, oracle, random_strings(3_000, special))
+    for text in random_strings(3_000, special):
         assert from_ranks.encode(text) == from_json.encode(text), text
 
     assert from_ranks.special_tokens == from_ranks.control_tokens == from_json.special_tokens
@@ -98,6 +99,7 @@ def test_rank_file_takes_its_special_tokens_from_the_config(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (128_000, 128_001, True)
 
 
+@pytest.mark.slow(1)
 @needs_data
 def test_gsm8k_takes_seconds(tmp_path):
     with open(REAL / "gsm8k" / "train.jsonl", encoding="utf-8") as file:
@@ -109,6 +111,7 @@ def test_gsm8k_takes_seconds(tmp_path):
     assert time.perf_counter() - start < 10
 
 
+@pytest.mark.slow(1)
 @needs_data
 @pytest.mark.parametrize(
     "text",
@@ -178,6 +181,7 @@ METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
 LLAMA2_TEXT = ["<s>", "</s>", "<unk>", "</s><s>[INST] <<SYS>>\n"]
 
 
+@pytest.mark.slow(1)
 @needs_data
 @pytest.mark.parametrize(
     "sections",
@@ -195,18 +199,19 @@ def test_llama2_json(tmp_path, sections):
     spec = llama2_json() | sections
     ours = load_tokenizer(write(tmp_path, tokenizer=spec))
     oracle = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    assert_same(ours, oracle, random_strings(1_500, LLAMA2_TEXT))
+    assert_same(ours, oracle, random_strings(700, LLAMA2_TEXT))
 
 
+@pytest.mark.slow(1)
 @needs_data
 def test_llama2_model_is_what_sentencepiece_says(tmp_path):
     reference = sentencepiece.SentencePieceProcessor(model_file=str(LLAMA2 / "tokenizer.model"))
     bare = load_tokenizer(LLAMA2)
     legacy = load_tokenizer(write(tmp_path, tokenizer=llama2_json() | {"normalizer": PREPEND}))
-    for text in random_strings(10_000):
+    for text in random_strings(3_000):
         ids = reference.encode(text) if not any(token in text for token in LLAMA2_TEXT[:3]) else bare.encode(text)
         assert bare.encode(text) == ids, text
-    for text in random_strings(1_500, LLAMA2_TEXT):
+    for text in random_strings(700, LLAMA2_TEXT):
         assert bare.encode_with_spans(text) == legacy.encode_with_spans(text), text
         ids = bare.encode(text)
         assert bare.decode(ids) == legacy.decode(ids)
@@ -224,6 +229,7 @@ def test_llama2_model_prefix_follows_the_config(tmp_path, legacy):
     assert (tokenizer.adds_bos, tokenizer.adds_eos) == (False, True)
 
 
+@pytest.mark.slow(1)
 @needs_data
 def test_llama2_in_transformers(tmp_path):
     template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -242,6 +248,7 @@ def test_llama2_in_transformers(tmp_path):
             assert ours.decode(ids, skip) == expected
 
 
+@pytest.mark.slow(3)
 @needs_data
 def test_a_megabyte_through_the_python_merge_loop(tmp_path):
     spec = llama2_json() | {"normalizer": PREPEND}
@@ -334,9 +341,10 @@ def test_trained_byte_level(tmp_path, name):
     ours = load_tokenizer(write(tmp_path, tokenizer=oracle.to_str()))
     assert ours.model.encoding is not None
     # Spans under NFC are coarser than the reference's where several marks are composed at once.
-    assert_same(ours, oracle, random_strings(2_000, ["<s>", "</s>"], seed=2), spans=name != "qwen")
+    assert_same(ours, oracle, random_strings(1_000, ["<s>", "</s>"], seed=2), spans=name != "qwen")
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("unk", [None, "<unk>"])
 def test_byte_level_without_the_whole_alphabet(tmp_path, unk):
     """Bytes that the vocabulary lacks vanish before their neighbours are joined, or become the unknown token."""
@@ -353,6 +361,7 @@ def test_byte_level_with_the_old_spelling_of_merges(tmp_path):
     assert_same(load_tokenizer(write(tmp_path, tokenizer=spec)), oracle, random_strings(200))
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
     ("name", "end"),
     [("gpt2", "\n7"), ("llama3", "\nx"), ("llama3", "x"), ("smollm2", "7"), ("smollm2", "x"), ("no regex", "x")],
@@ -387,9 +396,10 @@ def random_vocabulary(rng: random.Random) -> tuple[dict[str, int], list[tuple[st
     return vocab, merges
 
 
+@pytest.mark.slow(2)
 def test_tiktoken_stands_in_only_where_it_is_equal():
     fast = 0
-    for seed in range(400):
+    for seed in range(200):
         rng = random.Random(seed)
         vocab, merges = random_vocabulary(rng)
         oracle = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=seed % 2 == 0))
@@ -402,10 +412,10 @@ def test_tiktoken_stands_in_only_where_it_is_equal():
             expected = oracle.encode(text).ids
             assert ours.encode(text, True, False)[0] == expected, (seed, merges, text)
             assert ours._encode_slowly(text)[0] == expected, (seed, merges, text)
-    assert 200 < fast < 370  # both ways are tested
+    assert 100 < fast < 185  # both ways are tested
 
 
-def test_merge_by_hand():
+def test_merge_pair_by_pair():
     ranks = {("a", "b"): 0, ("ab", "c"): 1, ("b", "c"): 2}
     assert merge(list("abcbc"), ranks) == [("abc", 0, 3), ("bc", 3, 5)]
     assert merge([], ranks) == []
@@ -431,19 +441,8 @@ def test_added_tokens_in_text(tmp_path):
     )
     oracle.add_special_tokens([AddedToken("<both>", lstrip=True, rstrip=True)])
     ours = load_tokenizer(write(tmp_path, tokenizer=oracle.to_str()))
-    pieces = [
-        "foo bar",
-        "word",
-        " word ",
-        "sword",
-        "word_",
-        " \n<left>",
-        "<right>\t ",
-        " <both> <both>",
-        "<s><s>",
-        "<s>",
-    ]
-    pieces += ["é!", "e\u0301!", "   ", "<s", "<s><s><s>"]
+    pieces = ["foo bar", "word", " word ", "sword", "word_", " \n<left>", "<right>\t ", " <both> <both>"]
+    pieces += ["<s><s>", "<s>", "é!", "e\u0301!", "   ", "<s", "<s><s><s>"]
     assert_same(ours, oracle, random_strings(3_000, pieces * 3, seed=5), spans=False)
     assert_same(ours, oracle, (text for text in random_strings(2_000, pieces) if text.isascii()))
     assert ours.control_tokens.keys() == {"<s>", "</s>", "<unk>", "<both>"}
@@ -451,11 +450,10 @@ def test_added_tokens_in_text(tmp_path):
 
 
 PLAIN = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+BOS = PLAIN | {"content": "<s>", "__type": "AddedToken"}
 CONFIGS = {
     "strings": {"tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"}},
-    "dicts": {
-        "tokenizer_config": {"bos_token": PLAIN | {"content": "<s>", "__type": "AddedToken"}, "eos_token": "</s>"}
-    },
+    "dicts": {"tokenizer_config": {"bos_token": BOS, "eos_token": "</s>"}},
     "extra": {"tokenizer_config": {"eos_token": "</s>", "additional_special_tokens": ["<x>", "<y>"]}},
     "listed": {
         "tokenizer_config": {
@@ -534,11 +532,6 @@ def test_normalization_form_c_is_that_of_tokenizers():
 # What is refused
 
 
-def test_no_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"looked for tokenizer.json and tokenizer.model"):
-        load_tokenizer(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -560,38 +553,33 @@ def test_unsupported_tokenizer_json(tmp_path, changes, message):
     assert "tokenizer.json" in str(error.value)
 
 
-def test_regex_with_another_meaning_elsewhere(tmp_path):
+def test_what_cannot_mean_the_same_is_refused(tmp_path):
+    """A regex with another meaning elsewhere, a rule for a token that is not there, half a character."""
     spec = json.loads(trained(split_by(Regex(r"\w+|$"))).to_str())
     with pytest.raises(ValueError, match="Split by a regex without"):
         load_tokenizer(write(tmp_path, tokenizer=spec))
-
-
-def test_rule_for_a_token_that_is_not_there(tmp_path):
     spec = json.loads(trained(pre_tokenizers.ByteLevel(add_prefix_space=False)).to_str())
+    ours = load_tokenizer(write(tmp_path, tokenizer=spec))
+    with pytest.raises(ValueError, match="character 2 of the text is a lone surrogate"):
+        ours.encode("ab\ud800")
     spec["model"]["merges"].append(["zq", "a"])
     with pytest.raises(ValueError, match="names tokens that are not in the vocabulary"):
         load_tokenizer(write(tmp_path, tokenizer=spec))
 
 
-def test_broken_files(tmp_path):
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"looked for tokenizer.json and tokenizer.model"):
+        load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="tokenizer.json is not valid JSON"):
         load_tokenizer(write(tmp_path / "cut", tokenizer='{"model": {"type": "BPE", "vocab": {'))
-    for name, content in {
-        "empty": b"",
-        "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-    }.items():
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    for name, content in {"empty": b"", "pointer": pointer}.items():
         (write(tmp_path / name) / "tokenizer.model").write_bytes(content)
         with pytest.raises(ValueError, match="tokenizer.model is"):
             load_tokenizer(tmp_path / name)
     (write(tmp_path / "few") / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     with pytest.raises(ValueError, match="lacks some of the 256 single bytes"):
         load_tokenizer(tmp_path / "few")
-
-
-def test_lone_surrogate(tmp_path):
-    ours = load_tokenizer(write(tmp_path, tokenizer=trained(pre_tokenizers.ByteLevel(add_prefix_space=False)).to_str()))
-    with pytest.raises(ValueError, match="character 2 of the text is a lone surrogate"):
-        ours.encode("ab\ud800")
 
 
 def test_tiktoken_is_new_enough():

@@ -14,20 +14,22 @@ from tests.modules.adapters.peft_methods import ids, trained
 # What a new method has to be listed under, if it is so.
 UNMERGEABLE = ("houlsby", "pfeiffer", "parallel", "prompt", "p-tuning", "prefix")  # no plain weight does what they do
 OWN_START = ("pissa", "olora")  # training starts at the base up to rounding
+WITH_NETWORKS = (*METHODS, "p-tuning lstm", "prefix mlp")  # --prompt-encoder's, by which a method becomes another
 MERGEABLE = [name for name in METHODS if name not in UNMERGEABLE]
 
 
 def make(folder, name, *, nf4=False, drawn=0, **options):
     """A tiny model with the method, over NF4 if wanted, as a recipe puts it together."""
+    method, _, encoder = name.partition(" ")
     _, model = make_pair(folder, num_attention_heads=4)
-    dense_first = getattr(find_method(name), "NEEDS_DENSE", False)
+    dense_first = getattr(find_method(method), "NEEDS_DENSE", False)
     if nf4 and not dense_first:
         quantize_nf4(model)
     kind = NF4Linear if nf4 or name == "loftq" else None
     torch.manual_seed(1)
     torch.rand(drawn)
-    options = dict(rank=4, alpha=8.0) | options
-    add_method(model, name, Options(quantize=kind, batches=batches(), **options))
+    options = dict(rank=4, alpha=8.0, prompt_encoder=encoder or None) | options
+    add_method(model, method, Options(quantize=kind, batches=batches(), **options))
     if nf4 and dense_first:
         quantize_nf4(model)
     return model

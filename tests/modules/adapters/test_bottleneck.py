@@ -62,21 +62,9 @@ def test_training_follows_the_formula(tmp_path, method):
     expected, got = train(theirs, adamw(theirs, 1e-2)), train(ours, adamw(ours, 1e-2))
     of_losses = max(abs(a - b) for a, b in zip(expected, got, strict=True))
     of_weights = max((p - trained(theirs)[name]).abs().max().item() for name, p in trained(ours).items())
-    print(f"\n{method}: losses within {of_losses:.1e}, weights within {of_weights:.1e}")
     assert of_losses < 1e-4 and of_weights < 1e-4 and got[-1] < got[0] - 0.1
     after = dict(ours.named_parameters())
     assert all(torch.equal(p, after[name]) for name, p in before.items())
-
-
-@pytest.mark.parametrize("method", FORMULAS)
-def test_starts_at_the_base_and_learns_at_once(tmp_path, method):
-    _, ours = make_pair(tmp_path)
-    base = logits(ours)
-    add_method(ours, method, Options(rank=4))
-    assert torch.equal(logits(ours), base)
-    losses = train(ours, adamw(ours, 1e-2))
-    assert losses[-1] < losses[0] - 0.1
-    assert all(p.any() for p in trained(ours).values())  # every matrix and bias has moved
 
 
 @pytest.mark.parametrize("method", FORMULAS)
@@ -93,17 +81,6 @@ def test_folder_round_trip(tmp_path, method):
     assert trained(fresh).keys() == trained(ours).keys()
 
 
-@pytest.mark.parametrize("method", FORMULAS)
-def test_dropout_only_while_training(tmp_path, method):
-    _, ours = make_pair(tmp_path)
-    add_method(ours, method, Options(rank=4, dropout=0.5))
-    randomise(ours)
-    ours.train()
-    assert not torch.equal(ours(ids()), ours(ids()))
-    ours.eval()
-    assert torch.equal(ours(ids()), ours(ids()))
-
-
 def test_some_blocks_only(tmp_path):
     _, ours = make_pair(tmp_path)
     add_method(ours, "pfeiffer", Options(rank=4, targets=("layers.1.mlp.down_proj",)))
@@ -113,7 +90,7 @@ def test_some_blocks_only(tmp_path):
 def test_mistakes_are_explained(tmp_path):
     _, ours = make_pair(tmp_path / "base")
     for options, words in [
-        (Options(rank=0), "--rank 0, the size of the bottleneck"),
+        (Options(rank=0), "--rank 0 must be at least 1"),
         (Options(dropout=1.0), "--dropout 1.0"),
         (Options(targets=("q_proj",)), "--targets q_proj names no FeedForward; the model has mlp"),
     ]:

@@ -1,30 +1,18 @@
 """Combined adapters against peft's add_weighted_adapter, number for number."""
 
-import copy
 from unittest import mock
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from checkpointing.adapters import read_adapter
 from modules.adapters.lora_combine import COMBINATIONS, ON_FACTORS, combine, factor, truncate
 from tests.models.test_llama import make_pair
+from tests.modules.adapters.peft_methods import make_adapter
 
 PRUNING = [name for name in COMBINATIONS if name not in ("cat", "svd", "linear")]
-
-
-def make_adapter(folder, reference, seed, **settings):
-    """A random adapter as peft saves it."""
-    config = dict(target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM") | settings
-    model = get_peft_model(copy.deepcopy(reference), LoraConfig(**config))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if ".lora_" in name:
-                p.normal_(0, 0.2, generator=generator)
-    model.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +58,21 @@ def ours(folder, names, weights, combination, order, **options):
     }, settings
 
 
-@pytest.mark.parametrize("weights", [(0.7, 0.4), (1.0, -0.6)])
+def assert_equals_peft(folder, names, weights, combination, *, for_peft=None, **options):
+    expected = theirs(folder, names, weights, combination, **(options if for_peft is None else for_peft))
+    got, settings = ours(folder, names, weights, combination, expected, **options)
+    assert got.keys() == expected.keys()
+    for path, delta in expected.items():
+        assert (got[path] - delta).abs().max() < 1e-5 and delta.abs().max() > 0.05, path
+    return got, settings
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.4], [1.0, -0.6]])
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_equals_peft(folder, combination, weights):
     options = dict(density=0.6) if combination in PRUNING else {}
-    expected = theirs(folder, ["a", "b"], list(weights), combination, **options)
-    got, settings = ours(folder, ["a", "b"], weights, combination, expected, **options)
-    assert got.keys() == expected.keys() and len(got) == 6
-    for path, delta in expected.items():
-        assert (got[path] - delta).abs().max() < 1e-5 and delta.abs().max() > 0.1, path
+    got, settings = assert_equals_peft(folder, ["a", "b"], weights, combination, **options)
+    assert len(got) == 6
     assert {s["rank"] for s in settings.values()} == {8 if combination == "cat" else 4}
 
 
@@ -87,11 +81,8 @@ def test_different_ranks_and_targets(folder, combination):
     names, weights = ["a", "wide", "c"], [0.5, 1.5, -0.3]
     # up_proj comes last here and not in peft, which matters to masks alone: none are drawn
     options = dict(density=1.0 if combination.startswith("dare") else 0.4) if combination in PRUNING else {}
-    expected = theirs(folder, names, weights, combination, **options)
-    got, settings = ours(folder, names, weights, combination, expected, **options)
-    assert got.keys() == expected.keys() and len(got) == 8
-    for path, delta in expected.items():
-        assert (got[path] - delta).abs().max() < 1e-5, path
+    got, settings = assert_equals_peft(folder, names, weights, combination, **options)
+    assert len(got) == 8
     of_up = {s["rank"] for path, s in settings.items() if path.endswith("up_proj")}
     assert of_up == ({4} if combination == "cat" else {9})
 
@@ -99,11 +90,9 @@ def test_different_ranks_and_targets(folder, combination):
 @pytest.mark.parametrize("majority", ["total", "frequency"])
 @pytest.mark.parametrize("combination", ["ties", "dare_ties", "ties_svd"])
 def test_both_ways_to_vote(folder, combination, majority):
-    names, weights = ["a", "b"], [0.5, 0.7]
-    expected = theirs(folder, names, weights, combination, density=0.5, majority_sign_method=majority)
-    got, _ = ours(folder, names, weights, combination, expected, density=0.5, majority=majority)
-    for path, delta in expected.items():
-        assert (got[path] - delta).abs().max() < 1e-5, path
+    for_peft = dict(density=0.5, majority_sign_method=majority)
+    options = dict(density=0.5, majority=majority)
+    assert_equals_peft(folder, ["a", "b"], [0.5, 0.7], combination, for_peft=for_peft, **options)
 
 
 @pytest.mark.parametrize("combination", ["cat", "linear", "ties", "svd", "ties_svd"])
@@ -122,11 +111,10 @@ def test_embeddings(folder, combination):
 
 
 def test_svd_of_a_given_rank_is_the_best_one(folder):
-    expected = theirs(folder, ["a", "wide"], [1.0, 0.5], "svd", svd_rank=3)
-    got, settings = ours(folder, ["a", "wide"], (1.0, 0.5), "svd", expected, rank=3)
-    whole, _ = ours(folder, ["a", "wide"], (1.0, 0.5), "cat", expected)
-    for path, delta in expected.items():
-        assert settings[path]["rank"] == 3 and (got[path] - delta).abs().max() < 1e-5
+    got, settings = assert_equals_peft(folder, ["a", "wide"], [1.0, 0.5], "svd", for_peft=dict(svd_rank=3), rank=3)
+    whole, _ = ours(folder, ["a", "wide"], (1.0, 0.5), "cat", got)
+    for path in got:
+        assert settings[path]["rank"] == 3
         left = torch.linalg.svdvals(whole[path])[3:].norm()
         assert (whole[path] - got[path]).norm().item() == pytest.approx(left.item(), rel=1e-4)
 

@@ -8,17 +8,14 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from checkpointing.adapters import load_adapter, save_adapter
-from modules.adapters.lora import add_lora, lora_layers, merge_lora
-from modules.adapters.lora_embedding import LoRAEmbedding, lora_embeddings
+from modules.adapters.lora import add_lora, lora_layers
+from modules.adapters.lora_embedding import LoRAEmbedding
 from modules.adapters.methods import add_method
 from modules.adapters.options import Options
+from modules.adapters.parts import modules_of
 from modules.adapters.peft_names import read_pattern
-from modules.fused.blocks import why_not
-from modules.memory.activations import keep_activations
-from modules.memory.host_embedding import keep_embedding_on_host
-from modules.optim import build_optimizer
 from tests.models.test_llama import load, make_pair
-from tests.modules.adapters.peft_methods import assert_follows_peft, ids, logits, loss_of, train, trained
+from tests.modules.adapters.peft_methods import assert_follows_peft, logits, train, trained
 
 TARGETS = ["q_proj", "down_proj", "embed_tokens"]
 
@@ -44,7 +41,7 @@ def test_ranks_and_alphas_by_pattern(tmp_path):
     assert saved["alpha_pattern"] == {"model.layers.0.self_attn.q_proj": 32}
     _, made = make_pair(tmp_path / "made")
     add_lora(made, rank=4, alpha=8, targets=TARGETS, **patterns)
-    layers, again = ({**lora_layers(model), **lora_embeddings(model)} for model in (ours, made))
+    layers, again = ({**lora_layers(model), **modules_of(model, LoRAEmbedding)} for model in (ours, made))
     assert {n: (m.rank, m.alpha) for n, m in layers.items()} == {n: (m.rank, m.alpha) for n, m in again.items()}
 
 
@@ -58,46 +55,6 @@ def test_patterns_are_saved_by_every_relative(tmp_path, method):
     fresh = load(tmp_path / "base")
     load_adapter(fresh, tmp_path / "adapter")
     assert (logits(fresh) - logits(model)).abs().max() < 1e-5
-
-
-def test_starts_at_the_base_and_merges(tmp_path):
-    _, model = make_pair(tmp_path, tie_word_embeddings=True)
-    base = logits(model)
-    add_lora(model, rank=4, alpha=8.0, targets=TARGETS)
-    assert torch.equal(logits(model), base)
-    train(model, torch.optim.AdamW(trained(model).values(), lr=3e-3), steps=4)
-    adapted, frozen = logits(model), model.lm_head.weight.clone()
-    merge_lora(model)
-    assert type(model.model.embed_tokens) is torch.nn.Embedding
-    assert (logits(model) - adapted).abs().max() < 1e-5 and torch.equal(model.lm_head.weight, frozen)
-
-
-@pytest.mark.parametrize("rung", ["fast", "lean", "offload", "fused"])
-def test_recomputation_changes_nothing(tmp_path, rung):
-    gradients = []
-    for choice in ("none", rung):
-        _, model = make_pair(tmp_path / choice, num_attention_heads=4)
-        torch.manual_seed(1)
-        add_lora(model, rank=4, alpha=8.0, targets=[*TARGETS, "lm_head"])
-        assert why_not(model) is None
-        train(model, torch.optim.AdamW(trained(model).values(), lr=3e-3), steps=2)
-        keep_activations(model, "lean" if choice == "fused" else choice, fused=choice == "fused")
-        loss_of(model, ids()).backward()
-        gradients.append({key: p.grad for key, p in trained(model).items()})
-    for key, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=2e-6)
-
-
-def test_over_an_embedding_in_host_memory(tmp_path):
-    losses = []
-    for host in (False, True):
-        _, model = make_pair(tmp_path)
-        if host:
-            keep_embedding_on_host(model, torch.device("cpu"))
-        torch.manual_seed(1)
-        add_lora(model, rank=4, alpha=8.0, targets=TARGETS)
-        losses.append(train(model, build_optimizer("adamw", trained(model), lr=3e-3, weight_decay=0.0), steps=4))
-    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("method", ["dora", "pissa", "olora", "vera"])

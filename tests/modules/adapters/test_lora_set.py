@@ -1,23 +1,21 @@
 """Several adapters on one base: each row as if it were alone, training, adding, swapping, removing."""
 
-import copy
-
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaForCausalLM
 
 from checkpointing.adapters import load_adapter, read_adapter
 from modules.adapters.lora_set import LoRASet
 from modules.adapters.switch import adapters_disabled
-from modules.fused.blocks import why_not
+from modules.fused.blocks import why_plain
 from modules.generation import generate
-from modules.memory.activations import keep_activations
+from modules.memory.activations import checkpoint_activations
 from modules.memory.weight_streaming import stream_weights
 from modules.quantization.nf4 import NF4Linear, quantize_nf4
 from tests.models.test_llama import load, make_pair
-from tests.modules.adapters.peft_methods import loss_of
+from tests.modules.adapters.peft_methods import loss_of, make_adapter
 
 ADAPTERS = {
     "a": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]),
@@ -33,13 +31,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("many")
     reference, _ = make_pair(folder / "base")
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
-        model = get_peft_model(copy.deepcopy(reference), LoraConfig(task_type="CAUSAL_LM", **settings))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for key, p in model.named_parameters():
-                if ".lora_" in key:
-                    p.normal_(0, 0.2, generator=generator)
-        model.save_pretrained(folder / name)
+        make_adapter(folder / name, reference, seed, **settings)
     return folder
 
 
@@ -138,9 +130,9 @@ def test_each_adapter_learns_from_its_own_rows(folder):
             path, which = key.removesuffix(".weight").rsplit(".", 1)
             got = getattr(model.get_submodule(path), which)[name].weight.grad
             torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-6)
-    assert why_not(model) == "self_attn.q_proj is a ManyLoRALinear"
+    assert "self_attn.q_proj is a ManyLoRALinear" in why_plain(model)
     model.zero_grad()
-    keep_activations(model, "lean")
+    checkpoint_activations(model, "lean")
     with adapters.using(rows):
         loss_of(model, tokens(4)).backward()
     torch.testing.assert_close(got, model.get_submodule(path).lora_B["b"].weight.grad, rtol=1e-4, atol=1e-6)

@@ -5,10 +5,11 @@ import torch
 
 from data.batches import Batch
 from modules.adapters.lora import lora_layers
-from modules.adapters.lora_peft import adapter_of
 from modules.adapters.lora_set import LoRASet
 from modules.adapters.methods import METHODS, add_method
 from modules.adapters.options import Options
+from modules.adapters.parts import tensors_of
+from modules.adapters.peft_names import PREFIX
 from modules.adapters.switch import adapters_disabled, merge_adapters
 from modules.adapters.virtual_tokens import virtual_ids
 from modules.attention import padded_layout
@@ -103,7 +104,7 @@ def test_set_aside_merged_and_by_row(folder):
 
     language = {name: layer for name, layer in lora_layers(model).items() if model.part_of(name) == "language"}
     settings = {name: {"rank": 4, "alpha": 8.0} for name in language}
-    tensors = {f"{name}.{key}": p for name, layer in language.items() for key, p in adapter_of(layer).items()}
+    tensors = {key.removeprefix(PREFIX): p for key, p in tensors_of(language, "lora_").items()}
     adapters = LoRASet(load(folder))
     adapters.add("a", settings, tensors)
     with adapters.using(["a", None]):

@@ -9,13 +9,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from checkpointing.adapters import load_adapter, save_adapter
-from modules.adapters.lora import merge_lora
 from modules.adapters.methods import add_method
 from modules.adapters.options import Options
+from modules.adapters.switch import merge_adapters
 from modules.adapters.token_rows import train_token_rows
 from modules.adapters.vocabulary import grow_vocabulary, is_tied
 from modules.adapters.whole_modules import train_whole_modules
-from modules.fused.blocks import disagreement, why_not
+from modules.fused.blocks import disagreement, why_plain
 from modules.memory.host_embedding import keep_embedding_on_host
 from modules.quantization.nf4 import NF4Linear
 from tests.models.test_llama import load, make_pair
@@ -116,16 +116,16 @@ def test_merged_and_beside_an_embedding_in_host_memory(tmp_path, tied):
     results = []
     for host in (False, True) if not tied else (False,):
         model = make(tmp_path, [7, 97], host=host, tie_word_embeddings=tied, num_attention_heads=4)
-        assert why_not(model) is None and disagreement(model) is None
+        assert why_plain(model) is None and disagreement(model) is None
         results.append(train(model, adamw(model, 3e-3), steps=4))
         adapted = logits(model)
-        merge_lora(model)
+        merge_adapters(model)
         assert (logits(model) - adapted).abs().max() < 1e-5
         assert not any("token_adapter" in name for name, _ in model.named_modules())
     assert results[0] == results[-1]
 
 
-def test_a_matrix_trained_whole_has_no_rows_of_its_own(tmp_path):
+def test_a_matrix_trained_in_full_has_no_rows_of_its_own(tmp_path):
     _, model = make_pair(tmp_path)
     grow_vocabulary(model, 99)
     add_method(model, "lora", Options(rank=4))

@@ -1,4 +1,4 @@
-"""Modules trained whole beside an adapter, against peft's modules_to_save."""
+"""Modules trained in full beside an adapter, against peft's modules_to_save."""
 
 import copy
 import json
@@ -7,13 +7,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import LlamaForSequenceClassification
 
 from checkpointing.adapters import load_adapter, save_adapter
+from models.llama import LlamaForCausalLM
 from modules.adapters.methods import add_method
 from modules.adapters.options import Options
 from modules.adapters.vocabulary import is_tied
 from modules.adapters.whole_modules import train_whole_modules
-from modules.fused.blocks import disagreement, why_not
+from modules.fused.blocks import disagreement, why_plain
+from modules.loss import linear_cross_entropy
 from modules.quantization.nf4 import quantize_nf4
 from tests.models.test_llama import load, make_pair
 from tests.modules.adapters.peft_methods import assert_follows_peft, ids, logits, loss_of, train, trained
@@ -65,12 +68,12 @@ def test_beside_other_methods(tmp_path, method):
     assert torch.equal(logits(fresh), logits(model))
 
 
-def test_the_hand_written_block_stays(tmp_path):
+def test_the_fused_block_stays(tmp_path):
     """What is trained outside the blocks is no business of theirs."""
     model, _ = make(tmp_path / "a", EVERYTHING, num_attention_heads=4)
-    assert why_not(model) is None and disagreement(model) is None
+    assert why_plain(model) is None and disagreement(model) is None
     model, _ = make(tmp_path / "b", ["post_attention_layernorm"])
-    assert "no adapter" in why_not(model)
+    assert "no adapter" in why_plain(model)
 
 
 def test_bfloat16_modules_stay_bfloat16(tmp_path):
@@ -89,7 +92,7 @@ def test_what_cannot_be_trained_is_explained(tmp_path):
     for names, words in (
         (["norm", "lm_haed"], "lm_haed names no module; the model has .*lm_head"),
         (["nrom", "lm_haed"], "nrom, lm_haed name no module"),
-        (["lm_head"], "trained already; leave its module out of --targets"),
+        (["lm_head"], "lm_head.lora_A.weight belongs to an adapter; leave its module out of the targets"),
         (["k_proj"], "NF4Linear cannot be trained"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -107,11 +110,63 @@ def test_saved_modules_that_do_not_fit_are_named(tmp_path):
         load_adapter(load(tmp_path / "other"), tmp_path / "adapter")
 
 
+class Classifier(LlamaForCausalLM):
+    """A Llama that says which of three classes a text is of, at its last token."""
+
+    @property
+    def head(self):
+        return self.score
+
+
+def test_a_new_head_trains_and_opens_in_transformers_and_peft(tmp_path):
+    make_pair(tmp_path / "base")
+    model = load(tmp_path / "base")
+    model.__class__ = Classifier
+    add_method(model, "lora", Options(rank=4, alpha=8.0))
+    torch.manual_seed(1)
+    model.score = torch.nn.Linear(model.config.hidden_size, 3, bias=False)
+    assert train_whole_modules(model, ["score"]) == train_whole_modules(model, ["score"]) == ["score"]
+    optimizer, labels = torch.optim.AdamW(trained(model).values(), lr=3e-3), torch.tensor([[2], [0]])
+    for _ in range(4):
+        loss = linear_cross_entropy(model(ids())[:2, -1:], model, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapter = tmp_path / "adapter"
+    save_adapter(adapter, model, base=str(tmp_path / "base"), task_type="SEQ_CLS")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["score"]
+
+    theirs = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3, pad_token_id=0)
+    theirs = PeftModel.from_pretrained(theirs, adapter)
+    with torch.no_grad():
+        assert (theirs(ids()).logits - model.logits(model(ids())[:, -1])).abs().max() < 1e-5
+    theirs.save_pretrained(tmp_path / "theirs")  # lists `classifier`, too
+    again = load(tmp_path / "base")
+    again.__class__ = Classifier
+    again.score = torch.nn.Linear(model.config.hidden_size, 3, bias=False)
+    load_adapter(again, tmp_path / "theirs")
+    assert torch.equal(logits(again), logits(model))
+    for folder in (adapter, tmp_path / "theirs"):
+        with pytest.raises(ValueError, match="trained with a module `score` that this model does not have"):
+            load_adapter(load(tmp_path / "base"), folder)
+
+
 VISION_LANGUAGE = {
     "embedding": dict(target_modules=["q_proj", "embed_tokens"]),
     "whole": dict(target_modules=["q_proj"], modules_to_save=["lm_head", "multi_modal_projector"]),
     "rows": dict(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 9], "lm_head": [3, 9]}),
 }
+
+
+def save_moved(folder, theirs):
+    """A peft model's adapter away from its start."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in trained(theirs).values():
+            p.add_(torch.randn_like(p) * 0.05)
+    theirs.save_pretrained(folder)
+    return theirs
 
 
 @pytest.mark.parametrize("what", VISION_LANGUAGE)
@@ -120,12 +175,7 @@ def test_on_a_vision_language_model(tmp_path, what):
     theirs = make_llava(tmp_path / "base")
     base = copy.deepcopy(theirs)
     config = LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **VISION_LANGUAGE[what])
-    theirs = get_peft_model(theirs, config)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for p in trained(theirs).values():
-            p.add_(torch.randn_like(p) * 0.05)
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs = save_moved(tmp_path / "theirs", get_peft_model(theirs, config))
     ours = load(tmp_path / "base")
     load_adapter(ours, tmp_path / "theirs")
     tokens = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -148,12 +198,7 @@ def test_what_peft_trained_as_one_opens(tmp_path, what):
     """With ensure_weight_tying embedding and head stay the same matrix; here they open as two equal ones, or as one."""
     reference, ours = make_pair(tmp_path / "base", tie_word_embeddings=True)
     config = LoraConfig(r=4, task_type="CAUSAL_LM", ensure_weight_tying=True, **TIED_BY_PEFT[what])
-    theirs = get_peft_model(copy.deepcopy(reference), config)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for p in trained(theirs).values():
-            p.add_(torch.randn_like(p) * 0.05)
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs = save_moved(tmp_path / "theirs", get_peft_model(copy.deepcopy(reference), config))
     load_adapter(ours, tmp_path / "theirs")
     assert (logits(ours) - logits(theirs)).abs().max() < 1e-5
     save_adapter(tmp_path / "ours", ours, base="base")

@@ -6,9 +6,10 @@ import gc
 import pytest
 import torch
 
+from modules.fused import lora_block
 from modules.memory import activation_offload
 from modules.memory.activation_offload import ActivationOffload
-from modules.memory.activations import keep_activations
+from modules.memory.activations import checkpoint_activations
 from tests.modules.memory.test_activations import ids_and_layout, loss_and_gradients, make_model
 
 
@@ -57,7 +58,7 @@ def test_memory_that_a_graph_holds_on_to_leaves_and_comes_back(offload):
     items, outputs = [], []
     for tensor in x:
         leaf = tensor.clone().requires_grad_()
-        with activation_offload.saved_for_backward() as saved:
+        with lora_block.saved_for_backward() as saved:
             out = leaf.exp() * leaf.view(-1).view(3, 30)
         items.append(offload.put(tensor.clone(), saved))
         outputs.append((leaf, out))
@@ -80,7 +81,7 @@ def test_blocks_whose_memory_is_really_gone(offload, monkeypatch, host_budget, p
     ids, layout = ids_and_layout(packed)
     model = make_model()
     loss, gradients = loss_and_gradients(model, layout, ids)
-    keep_activations(model, "offload", host_budget=host_budget, fused=True)
+    checkpoint_activations(model, "offload", host_budget=host_budget, fused=True)
     for _ in range(2):
         got_loss, got = loss_and_gradients(model, layout, ids)
         assert abs(got_loss - loss) < 1e-5 * loss

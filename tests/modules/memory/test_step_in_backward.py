@@ -155,6 +155,16 @@ def test_what_cannot_work_is_refused(change, fix):
     assert weight.tolist() == [1.0, 1.0] and weight.grad is not None
 
 
+def test_a_step_without_gradients_has_norm_zero():
+    """Rows without an image, where only what sees is trained."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    grad_norm = step_in_backward(optimizer, **POSSIBLE)
+    assert grad_norm() == 0
+    weight.sum().backward()
+    assert grad_norm() == pytest.approx(2**0.5) and grad_norm() == 0
+
+
 @pytest.mark.gpu
 def test_gradients_take_no_memory_on_cuda():
     """Twelve layers of 16 MiB: their gradients together would be 192 MiB."""

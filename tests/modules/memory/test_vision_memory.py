@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from models.clip_vit import CLIPVisionConfig, CLIPVisionModel
 from models.siglip_vit import SiglipVisionConfig, SiglipVisionModel
 from modules.adapters.lora import add_lora
-from modules.memory.activations import keep_activations
+from modules.memory.activations import checkpoint_activations
 from modules.memory.plan import plan_vision
 
 IMAGES = 4
@@ -45,16 +45,16 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize(
-    ("how", "rung"), [("frozen", "lean"), ("lora", "none"), ("lora", "fast"), ("lora", "lean"), ("full", "lean")]
+    ("how", "mode"), [("frozen", "lean"), ("lora", "none"), ("lora", "fast"), ("lora", "lean"), ("full", "lean")]
 )
-def test_prediction(tower, how, rung):
+def test_prediction(tower, how, mode):
     model, config = TOWERS[tower]
     tower = model(config(**SHAPE))
     tower.init_weights(torch.Generator().manual_seed(0))
     tower.requires_grad_(how == "full")
     if how == "lora":
         add_lora(tower, rank=2, targets=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"])
-    keep_activations(tower, "none" if how == "frozen" else rung)
+    checkpoint_activations(tower, "none" if how == "frozen" else mode)
     pixels = torch.randn(IMAGES, 3, 64, 64)
     with Alive(*tower.parameters(), pixels) as alive:
         out = tower(pixels) if model is SiglipVisionModel else tower(pixels, [-1])[0]
@@ -65,8 +65,8 @@ def test_prediction(tower, how, rung):
     whole = SimpleNamespace(vision_tower=tower, projector=nn.Identity())
     sizes = dict(images=IMAGES, dtype=torch.float32, optimizer="adamw-host")
     near = 0.15 if how == "full" else 0.1  # block after block, gradients come and what was kept for them goes
-    assert plan_vision(whole, rung, plan, **sizes) == pytest.approx(weights + alive.peak, rel=near)
+    assert plan_vision(whole, mode, plan, **sizes) == pytest.approx(weights + alive.peak, rel=near)
     # Where the language model's activations have gone, they have made room.
-    kept = plan_vision(whole, rung, {"activations": 1 << 40, "one block": 0}, **sizes)
-    assert weights <= kept < plan_vision(whole, rung, plan, **sizes)
-    assert plan_vision(whole, rung, plan, **sizes | dict(images=2 * IMAGES)) > plan_vision(whole, rung, plan, **sizes)
+    kept = plan_vision(whole, mode, {"activations": 1 << 40, "one block": 0}, **sizes)
+    assert weights <= kept < plan_vision(whole, mode, plan, **sizes)
+    assert plan_vision(whole, mode, plan, **sizes | dict(images=2 * IMAGES)) > plan_vision(whole, mode, plan, **sizes)

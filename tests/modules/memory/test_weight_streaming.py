@@ -2,6 +2,7 @@
 blocks take the same places."""
 
 import shutil
+from operator import call as run_block
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from checkpointing.adapters import save_adapter
 from checkpointing.pretrained import WeightFiles, load_weights, read_config
 from models import build_model
-from models.llama import run_block
 from modules.adapters.lora import add_lora, lora_layers
 from modules.generation import generate
 from modules.loss import linear_cross_entropy
@@ -72,7 +72,7 @@ def recompute(model, streamed: StreamedWeights | None):
 
 def assert_bound(streamed, block):
     """The block's weights lie in its place, and no other block shows that place's memory."""
-    place = streamed.places[streamed.index[block] % len(streamed.places)].memory.untyped_storage().data_ptr()
+    place = streamed.places[block.index % len(streamed.places)].memory.untyped_storage().data_ptr()
     shown = {
         b for b in streamed.blocks if place in {storage(b.get_submodule(layer).weight) for layer in streamed.layers}
     }
@@ -129,8 +129,8 @@ def test_training_equals_resident_weights_bit_for_bit(base, tmp_path, monkeypatc
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in resident.parameters())
     for name, p in resident.state_dict().items():
         mine = model.state_dict()[name]
-        for part, inner in weight_streaming._parts(p).items():
-            assert torch.equal(weight_streaming._parts(mine)[part], inner), name
+        for part, inner in weight_streaming.inner_tensors(p).items():
+            assert torch.equal(weight_streaming.inner_tensors(mine)[part], inner), name
 
 
 def test_forwards_before_their_backwards(base):
@@ -244,7 +244,7 @@ def test_mistakes_are_explained(base, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="streamed weights are frozen"), torch.no_grad():
         model(ids(0))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(ValueError, match="0.00 GiB free; the weights need 0.00"):
+    with pytest.raises(ValueError, match="0.00 GiB free, weights need 0.00"):
         load(base, stream=True, scratch=tmp_path)
     model, _ = load_lora(base, stream=False)
     with pytest.raises(ValueError, match="before add_lora"):

@@ -11,7 +11,8 @@ from modules.adapters.lora import LoRALinear
 from modules.adapters.methods import add_method
 from modules.adapters.options import Options
 from modules.memory.plan import plan_memory, storage_bytes
-from modules.quantization.quantize import KINDS, linear_kind, quantize_blocks, rounded_like
+from modules.quantization.nf4 import NF4Tensor
+from modules.quantization.quantize import KINDS, linear_kind, quantize_blocks, stored_as
 from modules.quantization.quantized import Float8Tensor, Int4Tensor, Int8Tensor, quantize_tensor
 from tests.models.test_llama import make_pair
 from tests.modules.adapters.every_method import batches
@@ -102,12 +103,14 @@ def test_chunks_change_nothing(monkeypatch, kind):
     assert torch.equal(quantize_tensor(weight, TENSORS[kind]).dense(), whole.dense())
 
 
-@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("kind", [*TENSORS, "nf4"])
 def test_linear_equals_the_dense_layer_and_keeps_no_dense_weight(kind):
     torch.manual_seed(0)
     dense = nn.Linear(128, 96)
     layer = linear_kind(kind).from_linear(dense)
-    assert isinstance(layer.weight, TENSORS[kind]) and not any(p.requires_grad for p in layer.parameters())
+    assert isinstance(layer.weight, TENSORS.get(kind, NF4Tensor)) and not any(
+        p.requires_grad for p in layer.parameters()
+    )
     x = torch.randn(5, 128, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
@@ -118,7 +121,7 @@ def test_linear_equals_the_dense_layer_and_keeps_no_dense_weight(kind):
     upstream = torch.randn_like(y)
     (got,), (expected,) = (torch.autograd.grad(out, x, upstream) for out in (y, want))
     torch.testing.assert_close(got, expected)
-    assert torch.equal(rounded_like(linear_kind(kind), dense.weight.detach()), layer.dense_weight())
+    assert torch.equal(stored_as(linear_kind(kind), dense.weight.detach()).dense_weight(), layer.dense_weight())
 
 
 @pytest.mark.parametrize("kind", TENSORS)
@@ -151,6 +154,7 @@ def test_the_memory_plan_counts_codes_and_scales(tmp_path, kind):
     assert plan_memory(model, "lean", **plan)["weights"] == dense - 4 * count + stored
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("kind", TENSORS)
 def test_compiles_in_one_graph(tmp_path, kind):
     _, model = make_pair(tmp_path, num_hidden_layers=1)

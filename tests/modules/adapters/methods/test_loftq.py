@@ -27,7 +27,6 @@ def test_error_falls(tmp_path):
     for rank, iterations in [(4, 1), (16, 1), (64, 1), (16, 5)]:
         quantised, A, B = loftq(W, rank, NF4Linear, iterations)
         error[rank, iterations] = ((quantised.dense_weight() + B @ A - W).norm() / nf4).item()
-    print(error)
     assert 1 > error[4, 1] > error[16, 1] > error[64, 1]
     assert error[16, 1] < 0.8 and error[16, 5] < error[16, 1]
     # of all matrices of that rank, the SVD's is the closest to what NF4 left over

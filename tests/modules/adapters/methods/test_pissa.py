@@ -10,7 +10,7 @@ from checkpointing.adapters import load_adapter, read_adapter, read_folder, save
 from modules.adapters.lora import lora_layers
 from modules.adapters.methods import add_method
 from modules.adapters.options import Options
-from modules.fused.blocks import disagreement, why_not
+from modules.fused.blocks import disagreement, why_plain
 from modules.quantization.nf4 import NF4Linear, dequantize_nf4, quantize_nf4_tensor
 from tests.models.test_llama import load, make_pair
 from tests.modules.adapters.peft_methods import adamw, assert_follows_peft, logits, train
@@ -26,7 +26,7 @@ def test_follows_peft(tmp_path, method):
     for name, layer in lora_layers(ours).items():  # the same residual
         other = theirs.get_submodule(f"base_model.model.{name}").base_layer.weight
         torch.testing.assert_close(layer.weight, other, rtol=0, atol=1e-6)
-    assert why_not(ours) is None and disagreement(ours) is None
+    assert why_plain(ours) is None and disagreement(ours) is None
 
 
 @pytest.mark.parametrize("method", METHODS)
